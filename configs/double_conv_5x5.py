@@ -1,0 +1,19 @@
+"""Two 5×5 convolutions under dropout; 20 epochs, the first 5,000 examples left out. The tutorial prints no result of it.
+
+python -m mnist_flax.main --config=configs/double_conv_5x5.py
+"""
+
+from mnist_flax.config import recipe
+
+
+def get_config(dataset="mnist"):
+    return recipe(
+        "double_conv_5x5",
+        dataset,
+        model="double_conv_5x5",
+        optimizer="adam",
+        batch_size=500,
+        epochs=20,
+        seed=42,
+        data__train_split="train[5000:]",
+    )

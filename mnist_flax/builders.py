@@ -1,0 +1,477 @@
+"""TensorFlow Datasets without TensorFlow: which data set, its splits, preparing it, decoding it.
+
+Kept apart from `datasets.py` because importing TFDS takes most of a second, which
+`--help`, a mistyped flag or a user of the networks alone should not pay.
+"""
+
+import contextlib
+import difflib
+import functools
+import gzip
+import hashlib
+import io
+import itertools
+import os
+import re
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import numpy as np
+import requests
+import tensorflow_datasets as tfds
+from absl import logging as absl_logging
+from PIL import Image
+from tensorflow_datasets.core.download import downloader
+
+from mnist_flax.errors import UserError
+
+MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
+IDX_FILES = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
+GZ_NAMES = tuple(name for pair in IDX_FILES.values() for name in pair)
+
+tfds.disable_progress_bar()
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """A gzipped IDX file as uint8, [N, H, W] for images and [N] for labels."""
+    with gzip.open(path) as file:
+        data = file.read()
+    shape = struct.unpack_from(f">{data[3]}I", data, 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+@functools.cache
+def _idx_builder_class(name: str) -> type[tfds.core.GeneratorBasedBuilder]:
+    """TFDS's own builder of the MNIST family, with the two steps replaced that need TensorFlow.
+
+    Those are unpacking the .gz files and encoding the images. Keys and features stay, so that
+    TFDS writes the same examples in the same order and the stock builder reads the result.
+    """
+    stock = tfds.builder_cls(name)
+
+    def split_generators(self, dl_manager):
+        paths = dl_manager.download({file: urljoin(stock.URL, file) for file in GZ_NAMES})
+        return {
+            split: self._generate_examples(paths[images], paths[labels])
+            for split, (images, labels) in IDX_FILES.items()
+        }
+
+    def generate_examples(self, images_path, labels_path):
+        pairs = zip(_read_idx(images_path), _read_idx(labels_path), strict=True)
+        for index, (image, label) in enumerate(pairs):
+            yield index, {"image": Image.fromarray(image), "label": int(label)}
+
+    body = {
+        "_split_generators": split_generators,
+        "_generate_examples": generate_examples,
+        "SPLIT_SIZES": {"train": 60_000, "test": 10_000},
+        # TFDS finds the checksums of the four files beside the module of the class.
+        "__module__": stock.__module__,
+    }
+    with tfds.core.registered.skip_registration():
+        return type(stock.__name__, (stock,), body)
+
+
+def _like_mnist(image: np.ndarray) -> Image.Image:
+    """Values 0..16, [8, 8], as MNIST shows a digit: 20x20 pixels in the middle of 28x28."""
+    small = Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
+    canvas = Image.new("L", (28, 28))
+    canvas.paste(small.resize((20, 20), Image.Resampling.BICUBIC), (4, 4))
+    return canvas
+
+
+with tfds.core.registered.skip_registration():
+
+    class Digits(tfds.core.GeneratorBasedBuilder):
+        """The 1,797 handwritten digits of scikit-learn, in MNIST's format, without a download.
+
+        `train` is the first 1,500 and `test` the last 297, both in the order of the file.
+        """
+
+        VERSION = tfds.core.Version("1.0.0")
+        SPLIT_SIZES = {"train": 1_500, "test": 297}
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="8x8 digits of the UCI optical recognition test set, as 28x28 images.",
+                features=tfds.features.FeaturesDict(
+                    {
+                        "image": tfds.features.Image(shape=(28, 28, 1)),
+                        "label": tfds.features.ClassLabel(num_classes=10),
+                    }
+                ),
+                supervised_keys=("image", "label"),
+                homepage="https://archive.ics.uci.edu/dataset/80",
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            first_test = self.SPLIT_SIZES["train"]
+            return {
+                "train": self._generate_examples(slice(None, first_test)),
+                "test": self._generate_examples(slice(first_test, None)),
+            }
+
+        def _generate_examples(self, part: slice):
+            # Only preparing needs scikit-learn, and it takes a second to import.
+            from sklearn.datasets import load_digits
+
+            digits = load_digits()
+            pairs = zip(digits.images[part], digits.target[part], strict=True)
+            for index, (image, label) in enumerate(pairs):
+                yield index, {"image": _like_mnist(image), "label": int(label)}
+
+
+def create(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+    """The builder of a data set, prepared or not; reads `data_dir`, never the network.
+
+    Raises:
+      UserError: no such data set, or one that is not for image classification.
+    """
+    try:
+        # A colon would ask for a version, or for a namespace, which TFDS looks up on the network.
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+(/[\w.-]+)?", name):
+            raise tfds.core.registered.DatasetNotFoundError
+        with _quiet():
+            if name == "digits":
+                builder = Digits(data_dir=data_dir)
+            elif name in MNIST_FAMILY:
+                builder = _idx_builder_class(name)(data_dir=data_dir)
+            else:
+                builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError:
+        raise UserError(_unknown_name(name)) from None
+    except Exception as error:
+        if isinstance(error, ValueError) and "/" in name:
+            raise UserError(_unknown_name(name)) from None
+        raise UserError(_explain(name, "open", error)) from error
+    feature_keys(builder)
+    return builder
+
+
+def _unknown_name(name: object) -> str:
+    ours = ("digits", *MNIST_FAMILY)
+    known = [*ours, *tfds.list_builders(with_community_datasets=False)]
+    base = str(name).partition("/")[0]
+    if base in known and base not in ours:
+        known += [f"{base}/{config}" for config in tfds.builder_cls(base).builder_configs]
+    near = difflib.get_close_matches(str(name).lower(), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"take {', '.join(ours)} or one of TFDS's"
+    return f"there is no data set {name!r}: {hint}"
+
+
+def feature_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
+    """The names of the image and of the label in an example.
+
+    Raises:
+      UserError: the data set has no 8-bit image with a class label.
+    """
+    features = builder.info.features
+    keys = builder.info.supervised_keys or ("image", "label")
+    if len(keys) == 2 and all(key in features for key in keys):
+        image, label = (features[key] for key in keys)
+        if (
+            isinstance(image, tfds.features.Image)
+            and isinstance(label, tfds.features.ClassLabel)
+            and image.np_dtype == np.uint8
+        ):
+            return keys
+    raise UserError(
+        f"the data set {builder.name!r} is not for image classification: it needs an 8-bit image "
+        f"and a class label, and has {', '.join(features)}; take mnist or digits, say"
+    )
+
+
+def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+    """Whether the data set is there by now, which `builder` may be too old to know."""
+    # Not builder.is_prepared(), which warns where there is nothing yet.
+    return (Path(builder.data_dir) / "dataset_info.json").is_file()
+
+
+def splits(builder: tfds.core.DatasetBuilder) -> dict[str, tfds.core.SplitInfo]:
+    """The splits by name; empty where they are known only once the data set is prepared."""
+    if builder.info.splits:
+        return dict(builder.info.splits)
+    return {
+        name: tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
+        for name, size in getattr(builder, "SPLIT_SIZES", {}).items()
+    }
+
+
+def resolve(builder: tfds.core.DatasetBuilder, split: str) -> list[tuple[str, int, int]]:
+    """What a TFDS slice selects, as (split, start, stop) in the order it is written.
+
+    Only the form is checked, and nothing selected, where the splits are not known yet.
+
+    Raises:
+      UserError: an unknown split, a malformed slice, or one that selects nothing.
+    """
+    known = splits(builder)
+    try:
+        instruction = tfds.core.ReadInstruction.from_spec(split)
+    except (ValueError, NotImplementedError):
+        reason = "it is malformed or goes beyond 100%"
+        raise UserError(_bad_split(builder, split, reason)) from None
+    try:
+        parts = instruction.to_absolute(known) if known else []
+    except ValueError as error:
+        raise UserError(
+            _bad_split(builder, split, str(error).partition(". ")[0].rstrip("."))
+        ) from None
+    sizes = {name: found.num_examples for name, found in known.items()}
+    selected = [
+        (part.splitname, part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
+        for part in parts
+    ]
+    if any(start >= stop for _, start, stop in selected):
+        raise UserError(_bad_split(builder, split, "it selects no examples"))
+    return selected
+
+
+def _bad_split(builder: tfds.core.DatasetBuilder, split: object, reason: str) -> str:
+    known = splits(builder)
+    sizes = " and ".join(f"{name} ({info.num_examples:,} examples)" for name, info in known.items())
+    return (
+        f"the split {split!r} of {builder.name} cannot be used: {reason}; "
+        + (f"its splits are {sizes}, and " if known else "")
+        + "a slice is written like train[5000:], train[90%:] or train[:10%]+train[80%:]"
+    )
+
+
+def prepare(
+    name: str, builder: tfds.core.DatasetBuilder, manual_dir: Path | None
+) -> tfds.core.DatasetBuilder:
+    """Prepares a data set in `builder`'s data folder and returns a builder that reads it.
+
+    Everything is written in a folder of this process's own and moved into place in one step, so
+    that a failure leaves nothing half-written, and of two processes the later one's work is
+    dropped. TFDS alone has neither: its folder's name is drawn from `random`, which two seeded
+    processes share, and the second to finish fails.
+
+    Raises:
+      UserError: no network, a wrong file, a folder that cannot be written, TensorFlow needed.
+    """
+    root, target = Path(builder.data_dir_root), Path(builder.data_dir)
+    occupied = target.exists() and any(target.iterdir())
+    if is_prepared(builder):  # by another process, since `builder` was made
+        return create(name, root)
+    if occupied:
+        raise UserError(f"{target} is not a prepared data set: delete this folder and run again")
+    if manual_dir is not None:
+        _check_gz_files(builder, manual_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix="incomplete.", dir=root)
+    except OSError as error:
+        raise UserError(
+            f"the data folder {root} cannot be written ({_short(error)}): "
+            "set TFDS_DATA_DIR to a folder that can"
+        ) from error
+    print(f"preparing {builder.info.full_name} in {root}", file=sys.stderr, flush=True)
+    with scratch as folder:
+        writer = create(name, Path(folder))
+        if name in MNIST_FAMILY and manual_dir is None:
+            manual_dir = _download_gz_files(writer, Path(folder) / "gz")
+        # What other sets download is large, and worth keeping for the next try.
+        ours = name == "digits" or name in MNIST_FAMILY
+        _download_and_prepare(writer, (Path(folder) if ours else root) / "downloads", manual_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(writer.data_dir, target)
+        except OSError:
+            if not is_prepared(builder):
+                raise
+    return create(name, root)
+
+
+def _download_and_prepare(
+    builder: tfds.core.DatasetBuilder, downloads: Path, manual_dir: Path | None
+) -> None:
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+    try:
+        # TFDS tries a dead connection ten times, waiting ever longer: over three minutes.
+        with _quiet(), tfds.core.utils.temporary_assignment(downloader, "MAX_RETRIES", 0):
+            builder.download_and_prepare(
+                file_format="array_record", download_dir=downloads, download_config=config
+            )
+    except requests.RequestException as error:
+        raise UserError(_offline(builder.name, error)) from error
+    except Exception as error:
+        raise UserError(_explain(builder.name, "prepare", error)) from error
+
+
+def _download_gz_files(builder: tfds.core.DatasetBuilder, folder: Path) -> Path:
+    """Downloads the four files; not through TFDS, which waits for a silent server for ever."""
+    folder.mkdir()
+    try:
+        for file in GZ_NAMES:
+            with requests.get(urljoin(builder.URL, file), timeout=10) as response:
+                response.raise_for_status()
+                (folder / file).write_bytes(response.content)
+    except requests.RequestException as error:
+        raise UserError(_offline(builder.name, error)) from error
+    _check_gz_files(builder, folder)
+    return folder
+
+
+def _check_gz_files(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
+    """Raises UserError unless `folder` holds the four files with the checksums TFDS knows."""
+    files = f"the manual folder must hold {', '.join(GZ_NAMES)}"
+    if not folder.is_dir():
+        raise UserError(f"the manual folder {folder} does not exist: {files}")
+    for file in GZ_NAMES:
+        path, url = folder / file, urljoin(builder.URL, file)
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {files}, as downloaded from {builder.URL}")
+        with path.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        expected = builder.url_infos[url].checksum
+        if found != expected:
+            raise UserError(
+                f"{path} is not the official file of {builder.name}, or not all of it (SHA-256 "
+                f"{expected} expected, {found} found): download it again from {url}"
+            )
+
+
+def _offline(name: str, error: Exception) -> str:
+    manual = (
+        "put the four files in a folder and name it with --config.data.manual_dir=DIR or "
+        f"MNIST_FLAX_MANUAL_DIR ({', '.join(GZ_NAMES)}), "
+        if name in MNIST_FAMILY
+        else ""
+    )
+    return (
+        f"{name} is not prepared here and could not be downloaded ({_short(error)}): train on the "
+        f"embedded data with --config=<recipe>.py:digits, {manual}or set TFDS_DATA_DIR to a folder "
+        "where TFDS has prepared it"
+    )
+
+
+def decode(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes a whole split of a prepared data set, in the order that TFDS's slices count.
+
+    Returns:
+      images uint8 [N, H, W, C] and labels int32 [N].
+
+    Raises:
+      UserError: images of several sizes, examples without a label, damaged files.
+    """
+    try:
+        with _quiet():
+            images, labels = _stack(builder, split)
+    except UserError:
+        raise
+    except Exception as error:
+        missing = _missing_package(error)
+        remedy = f"install {missing}" if missing else f"delete {builder.data_dir} to prepare anew"
+        raise UserError(
+            f"the split {split!r} of {builder.name} cannot be read ({_short(error)}): {remedy}"
+        ) from error
+    if labels.min() < 0:
+        raise UserError(f"the split {split!r} of {builder.name} has no labels: take another split")
+    return images, labels
+
+
+def _stack(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:
+    image_key, label_key = feature_keys(builder)
+    size = builder.info.splits[split].num_examples
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if formats == {"tfrecord"}:
+        examples = _tfrecord_examples(builder, split)
+    else:
+        examples = iter(builder.as_data_source(split))
+    first = next(examples)
+    images = np.empty((size, *first[image_key].shape), np.uint8)
+    labels = np.empty(size, np.int32)
+    count = 0
+    for example in itertools.chain([first], examples):
+        image = example[image_key]
+        if image.shape != images.shape[1:]:
+            raise UserError(
+                f"the images of {builder.name} differ in size ({images.shape[1:]} and "
+                f"{image.shape}): take a data set of images of one size"
+            )
+        images[count], labels[count] = image, example[label_key]
+        count += 1
+    if count != size:
+        raise ValueError(f"{count} examples found where {size} are expected")
+    return images, labels
+
+
+def _tfrecord_examples(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[dict[str, Any]]:
+    """Reads TFRecord, the format of a plain `tfds.load`, which TFDS reads by TensorFlow alone.
+
+    A slice counts through the shards one after the other, while iterating over a tf.data
+    pipeline interleaves them.
+    """
+    for path in builder.info.splits[split].filepaths:
+        for record in _tfrecords(Path(path)):
+            yield builder.info.features.deserialize_example_np(record)
+
+
+def _tfrecords(path: Path) -> Iterator[bytes]:
+    """The records of a TFRecord file: length, CRC of it, bytes, CRC of them; not checking CRCs."""
+    end = path.stat().st_size
+    with path.open("rb") as file:
+        while file.tell() < end:
+            length = struct.unpack("<Q4x", file.read(12).ljust(12, b"\xff"))[0]
+            if file.tell() + length + 4 > end:
+                raise ValueError(f"{path.name} is truncated")
+            yield file.read(length)
+            file.seek(4, os.SEEK_CUR)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS from announcing on stdout and through absl what it does."""
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        absl_logging.set_verbosity(verbosity)
+
+
+def _explain(name: str, doing: str, error: Exception) -> str:
+    missing = _missing_package(error)
+    if missing == "tensorflow":
+        return (
+            f"TFDS needs TensorFlow to {doing} {name}: prepare it where TensorFlow is installed, "
+            "then set TFDS_DATA_DIR to the folder that holds it"
+        )
+    if missing:
+        return f"TFDS needs the Python package {missing!r} to {doing} {name}: install it"
+    return (
+        f"TFDS cannot {doing} {name} ({_short(error)}): prepare it with TFDS by itself, "
+        "then set TFDS_DATA_DIR to the folder that holds it"
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+
+
+def _missing_package(error: BaseException) -> str | None:
+    """The package whose absence is behind an error."""
+    names = [e.name for e in _causes(error) if isinstance(e, ModuleNotFoundError) and e.name]
+    return names[0].partition(".")[0] if names else None
+
+
+def _short(error: BaseException) -> str:
+    """The first line of the innermost cause, which says most in fewest words."""
+    *_, innermost = _causes(error)
+    text = getattr(innermost, "strerror", None) or str(innermost).strip()
+    return text.splitlines()[0].rstrip(".: ") if text else type(innermost).__name__

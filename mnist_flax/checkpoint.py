@@ -1,0 +1,122 @@
+"""Checkpoints of a run; the only module that imports Orbax.
+
+A checkpoint holds the train state and a JSON record: where the run stood, its configuration and
+the versions that wrote it. The two latest are kept, and the best where a metric is given.
+"""
+
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from mnist_flax.errors import UserError
+from mnist_flax.state import TrainState
+
+_METRIC = "watch_accuracy"
+
+# Orbax warns of what is meant here: a checkpoint without metrics, a folder opened to read.
+absl_logging.set_verbosity(absl_logging.ERROR)
+
+
+@contextmanager
+def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.CheckpointManager]:
+    """An asynchronous manager of `folder`, closed on every way out.
+
+    Closing waits for a save under way, so that none is lost.
+    """
+    policies = [
+        preservation_policy.LatestN(2),
+        preservation_policy.BestN(
+            get_metric_fn=lambda metrics: metrics[_METRIC],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        ),
+    ]
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        best_fn=lambda metrics: metrics[_METRIC],
+        read_only=read_only,
+    )
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        yield manager
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    record: dict[str, Any],
+    watch_accuracy: float | None = None,
+) -> None:
+    """Starts saving the state under its step; the state may be donated once this returns.
+
+    A checkpoint of that step can only be a damaged one that `restore` passed over, and goes.
+    """
+    step = int(state.step)
+    if step in manager.all_steps():
+        manager.delete(step)
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        record=ocp.args.JsonSave({"run": record, "crc32": _crc32(state)}),
+    )
+    metrics = None if watch_accuracy is None else {_METRIC: watch_accuracy}
+    manager.save(step, args=args, metrics=metrics, force=True)
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    like: Callable[[dict[str, Any]], TrainState],
+    step: int | None = None,
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest sound checkpoint, or that of `step`; None where there is none at all.
+
+    A damaged one is passed over with a warning. `like` makes of the record a state, perhaps
+    abstract, whose shapes and dtypes are restored, on the first device.
+
+    Raises:
+        UserError: no checkpoint can be read, or the one asked for does not exist.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    if step is not None and step not in steps:
+        raise UserError(f"{manager.directory} has no checkpoint of step {step}: it has {steps}")
+    if not steps:
+        return None
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for candidate in steps if step is None else [step]:
+        try:
+            args = ocp.args.Composite(record=ocp.args.JsonRestore())
+            record = manager.restore(candidate, args=args).record
+            abstract = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                like(record["run"]),
+            )
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            state = manager.restore(candidate, args=args).state
+            if record["crc32"] != _crc32(state):
+                raise ValueError("the checksum of its numbers is wrong")
+        except Exception as error:  # noqa: BLE001 - Orbax raises whatever the damage leads to
+            reason = str(error).strip().splitlines()[0][:200]
+            warnings.warn(
+                f"checkpoint {candidate} is damaged and passed over: {reason}", stacklevel=2
+            )
+            continue
+        return state, record["run"]
+    raise UserError(
+        f"no checkpoint in {manager.directory} can be read (steps {steps}): "
+        "restore the folder from a copy or start again in another run folder"
+    )
+
+
+def _crc32(state: TrainState) -> int:
+    """Orbax would restore a flipped byte as another number."""
+    crc = 0
+    for leaf in jax.tree.leaves(state):
+        crc = zlib.crc32(np.ascontiguousarray(leaf).data, crc)
+    return crc

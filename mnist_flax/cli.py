@@ -1,0 +1,15 @@
+"""Exit codes shared by the command-line programs."""
+
+import sys
+from collections.abc import Callable
+
+from mnist_flax.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a program; a `UserError` becomes one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

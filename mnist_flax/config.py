@@ -1,0 +1,158 @@
+"""Every configuration key with its default, and the checks that refuse a bad value.
+
+A recipe in `configs/` names only what differs from `default()`. Every key can be overridden on
+the command line: `--config.batch_size=100 --config.data.train_split=train[5000:]`.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mnist_flax import datasets, models, optim
+from mnist_flax.errors import UserError
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+def default() -> ConfigDict:
+    """The complete configuration; no key exists that is not here."""
+    return ConfigDict(
+        {
+            # What the run is called; a recipe file sets its own name.
+            "name": "custom",
+            # A network of `models.names()`.
+            "model": "larger",
+            # An optimiser of `optim.OPTIMIZERS`, with Keras's numbers.
+            "optimizer": "adam",
+            # The highest learning rate of the schedule.
+            "learning_rate": 1e-3,
+            # How the learning rate changes over the run: one of `optim.SCHEDULES`.
+            "schedule": "constant",
+            # Examples a step; the last batch of an epoch may be shorter.
+            "batch_size": 200,
+            # Passes over the training split.
+            "epochs": 10,
+            # Determines initial weights, order of examples and dropout.
+            "seed": 0,
+            # dtype of the forward and backward computation; parameters stay float32.
+            "compute_dtype": "float32",
+            "data": {
+                # "digits" (embedded), "mnist", "fashion_mnist", "kmnist" or another TFDS name.
+                "name": "mnist",
+                # TFDS slices. The watched split is scored after each epoch; "" watches none.
+                "train_split": "train",
+                "watch_split": "test",
+                "test_split": "test",
+                # Folder with the four official .gz files; "" downloads them through TFDS.
+                "manual_dir": "",
+            },
+            "checkpoint": {
+                # Steps between checkpoints beside those at the end of each epoch; 0 for none.
+                "every_steps": 0,
+            },
+        }
+    )
+
+
+def recipe(name: str, dataset: str, **overrides: Any) -> ConfigDict:
+    """The defaults for a data set, with overrides given as `data__train_split="train[90%:]"`.
+
+    The embedded digits are a fortieth of MNIST: `digits` takes batches of at most 32 and at
+    least 20 epochs, so that the network sees enough steps to learn.
+    """
+    config = default()
+    config.name = name if dataset == "mnist" else f"{name}-{dataset.replace('/', '-')}"
+    config.data.name = dataset
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    if dataset == "digits":
+        config.batch_size = min(config.batch_size, 32)
+        config.epochs = max(config.epochs, 20)
+        # A count of examples that fits MNIST's 60,000 need not fit these 1,500.
+        config.data.train_split = config.data.train_split.replace("[5000:]", "")
+    return config
+
+
+def check_key(key: str) -> None:
+    """Raises UserError unless `key`, dotted, is a key of the configuration."""
+    known = flatten(default())
+    if key in known:
+        return
+    raise UserError(
+        f"there is no configuration key {key!r}; did you mean {nearest(key, known)!r}? "
+        f"(keys: {', '.join(known)})"
+    )
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuses a configuration that cannot be run, before any data is loaded.
+
+    Raises:
+        UserError: one sentence naming the key, what is wrong and the nearest valid choice.
+    """
+    known, given = flatten(default()), flatten(config)
+    for key in given:
+        check_key(key)
+    for key, example in known.items():
+        if key not in given:
+            raise UserError(
+                f"the configuration key {key!r} is missing: start from config.default()"
+            )
+        _check_type(key, given[key], example)
+
+    for key in ("batch_size", "epochs"):
+        if given[key] < 1:
+            raise UserError(f"{key}={given[key]} must be at least 1")
+    for key in ("seed", "checkpoint.every_steps"):
+        if given[key] < 0:
+            raise UserError(f"{key}={given[key]} must be 0 or more")
+    if given["seed"] >= 2**32:
+        raise UserError(f"seed={given['seed']} must be below 2**32 = {2**32}")
+    if not (0 < given["learning_rate"] < math.inf):
+        raise UserError(f"learning_rate={given['learning_rate']} must be a number above 0")
+    for key, choices in (
+        ("model", models.names()),
+        ("optimizer", optim.OPTIMIZERS),
+        ("schedule", optim.SCHEDULES),
+        ("compute_dtype", COMPUTE_DTYPES),
+    ):
+        if given[key] not in choices:
+            raise UserError(
+                f"{key}={given[key]!r} is unknown; did you mean {nearest(given[key], choices)!r}? "
+                f"(choices: {', '.join(choices)})"
+            )
+    for key in ("data.train_split", "data.test_split", "data.watch_split"):
+        if given[key] or key != "data.watch_split":
+            datasets.check(given["data.name"], given[key])
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Dotted keys and their values, in order."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """The choice most like a mistyped word."""
+    return difflib.get_close_matches(word, list(choices), n=1, cutoff=0)[0]
+
+
+def wrong_type(key: str, value: Any) -> UserError:
+    """The error for a value of another type than the key's default."""
+    example = flatten(default())[key]
+    kind = {int: "a whole number", float: "a number", str: "text"}[type(example)]
+    return UserError(f"{key}={value!r} must be {kind}, as in {key}={example!r}")
+
+
+def _check_type(key: str, value: Any, example: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = number if isinstance(example, float) else type(value) is type(example)
+    if not fits:
+        raise wrong_type(key, value)

@@ -1,0 +1,195 @@
+"""Image classification data sets as NumPy arrays, through TensorFlow Datasets (TFDS).
+
+`digits` is embedded, `mnist`, `fashion_mnist` and `kmnist` are prepared without TensorFlow, and
+any other TFDS image classification set is read where it is prepared. Data lies in the folder
+that TFDS uses: TFDS_DATA_DIR, or else ~/tensorflow_datasets.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+import warnings
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mnist_flax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+
+class Arrays(NamedTuple):
+    """Examples in memory."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int32 [N]
+
+
+class Info(NamedTuple):
+    """What a data set is like."""
+
+    name: str
+    version: str
+    image_shape: tuple[int, int, int]  # H, W, C
+    num_classes: int
+    split_sizes: dict[str, int]
+
+
+def info(name: str) -> Info:
+    """Describes a data set.
+
+    Needs no data for `digits` and the MNIST family. Of another set that is not prepared, TFDS
+    does not know the splits, so that it is prepared first; where the size of the images is not
+    declared either, the largest split is decoded.
+
+    Raises:
+      UserError: as `check` and `load` do.
+    """
+    from mnist_flax import builders
+
+    builder = builders.create(name, _data_dir())
+    if not builders.splits(builder):
+        builder = builders.prepare(name, builder, None)
+    sizes = {split: found.num_examples for split, found in builders.splits(builder).items()}
+    image_key, label_key = builders.feature_keys(builder)
+    shape = builder.info.features[image_key].shape
+    if None in shape:
+        shape = _whole_split(builder, max(sizes, key=sizes.get)).images.shape[1:]
+    classes = builder.info.features[label_key].num_classes
+    return Info(name, str(builder.version), tuple(shape), classes, sizes)
+
+
+def check(name: str, split: str) -> None:
+    """Checks a data set's name and a slice of it before anything is prepared or read.
+
+    Of a set whose splits are known only once it is prepared, only the slice's form is checked.
+
+    Raises:
+      UserError: an unknown data set or split, a malformed slice, or one that selects nothing.
+    """
+    from mnist_flax import builders
+
+    builders.resolve(builders.create(name, _data_dir()), split)
+
+
+def load(name: str, split: str, manual_dir: str = "") -> Arrays:
+    """Loads a slice of a data set, preparing it first where that has not been done.
+
+    Args:
+      name: `digits`, `mnist`, `fashion_mnist`, `kmnist` or another TFDS name, such as
+        `cifar10` or `emnist/balanced`.
+      split: a TFDS slice: `train`, `train[5000:]`, `train[90%:]`, `train[:10%]+train[80%:]`.
+      manual_dir: a folder with the four .gz files of the MNIST family, for preparing without a
+        network; without it MNIST_FLAX_MANUAL_DIR. Not looked at once the set is prepared.
+
+    Returns:
+      images uint8 [N, H, W, C] and labels int32 [N], in TFDS's order.
+
+    Raises:
+      UserError: what `check` finds; a set that can be neither found, downloaded nor prepared; a
+        wrong or missing file in `manual_dir`; images of several sizes.
+    """
+    from mnist_flax import builders
+
+    check(name, split)
+    in_family = name in builders.MNIST_FAMILY
+    if manual_dir and not in_family:
+        raise UserError(
+            f"data.manual_dir is for {', '.join(builders.MNIST_FAMILY)}, not for {name}: "
+            "leave it empty"
+        )
+    builder = builders.create(name, _data_dir())
+    if not builder.info.splits:
+        folder = manual_dir or (in_family and os.environ.get("MNIST_FLAX_MANUAL_DIR"))
+        builder = builders.prepare(name, builder, Path(folder).expanduser() if folder else None)
+    selected = builders.resolve(builder, split)
+    wholes = {part: _whole_split(builder, part) for part in {part for part, _, _ in selected}}
+    parts = [
+        Arrays(wholes[part].images[start:stop], wholes[part].labels[start:stop])
+        for part, start, stop in selected
+    ]
+    if len({part.images.shape[1:] for part in parts}) > 1:
+        raise UserError(f"the images of {name} differ in size: take splits of one size")
+    if len(parts) == 1:
+        return parts[0]
+    return Arrays(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _data_dir() -> Path:
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def _whole_split(builder: "tfds.core.DatasetBuilder", split: str) -> Arrays:
+    """A whole split, decoded once and then read from `mnist_flax_cache` in the data folder."""
+    from mnist_flax import builders
+
+    full_name = builder.info.full_name.replace("/", "-")
+    folder = Path(builder.data_dir_root) / "mnist_flax_cache" / full_name
+    source = _fingerprint(builder)
+    arrays = _read_cache(folder, split, source)
+    if arrays is None:
+        arrays = Arrays(*builders.decode(builder, split))
+        _write_cache(folder, split, source, arrays)
+    return arrays
+
+
+def _fingerprint(builder: "tfds.core.DatasetBuilder") -> str:
+    """Changes when the data set is prepared again."""
+    path = Path(builder.data_dir) / "dataset_info.json"
+    return f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.stat().st_mtime_ns}"
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).data)
+
+
+def _read_cache(folder: Path, split: str, source: str) -> Arrays | None:
+    """The cached split; None where there is none, or it is out of date or damaged."""
+    record_path = folder / f"{split}.json"
+    if not record_path.exists():
+        return None
+    try:
+        record = json.loads(record_path.read_text())
+        if record["source"] != source:
+            return None
+        # Read rather than mapped: it takes 20 ms, and a file cut short cannot kill the run later.
+        arrays = Arrays(*(np.load(folder / f"{split}_{kind}.npy") for kind in Arrays._fields))
+        if record["checksums"] != [_checksum(array) for array in arrays]:
+            raise ValueError("wrong checksum")
+        return arrays
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        warnings.warn(f"decoding again, as the cache {folder} is damaged: {error}", stacklevel=2)
+        return None
+
+
+def _write_cache(folder: Path, split: str, source: str, arrays: Arrays) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, array in arrays._asdict().items():
+            _write_file(folder / f"{split}_{kind}.npy", array)
+        # Last, as it vouches for the other two.
+        checksums = [_checksum(array) for array in arrays]
+        _write_file(folder / f"{split}.json", {"source": source, "checksums": checksums})
+    except OSError as error:
+        warnings.warn(
+            f"decoded images are not kept, so that every run decodes them again: {error}",
+            stacklevel=2,
+        )
+
+
+def _write_file(path: Path, content: np.ndarray | dict[str, object]) -> None:
+    """Writes an array as .npy or a dict as JSON; a reader sees the old file or all of the new."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        if isinstance(content, dict):
+            temporary.write_text(json.dumps(content))
+        else:
+            with temporary.open("wb") as file:
+                np.save(file, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

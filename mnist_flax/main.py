@@ -1,0 +1,78 @@
+"""Trains a network and leaves a run folder.
+
+    python -m mnist_flax.main --config=FILE[:DATASET] [--workdir=DIR] [--config.KEY=VALUE ...]
+
+FILE is a recipe such as configs/larger.py, DATASET another data set than MNIST, such as digits.
+Without --workdir the run folder is runs/NAME-TIME. The same command on the same folder resumes.
+"""
+
+import re
+import shlex
+import sys
+import time
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mnist_flax import cli, report, signals, train
+from mnist_flax import config as config_lib
+from mnist_flax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="recipe file")
+_WORKDIR = flags.DEFINE_string("workdir", None, "run folder")
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(f"{__doc__}\nKEY and its default is one of:")
+        for key, value in config_lib.flatten(config_lib.default()).items():
+            print(f"  {key}={value}")
+        return
+    config = parse(sys.argv)
+    workdir = _WORKDIR.value or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        train.train_and_evaluate(config, workdir)
+    except signals.Stopped as stop:
+        given = [arg for arg in sys.argv[1:] if not re.match(r"--?workdir\b", arg)]
+        command = ["python", "-m", "mnist_flax.main", *given, f"--workdir={workdir}"]
+        report.stopped(str(stop), shlex.join(command))
+        sys.exit(128 + stop.signum)
+
+
+def parse(argv: list[str]) -> ConfigDict:
+    """The configuration that a command line asks for; `argv` must be `sys.argv`.
+
+    Raises:
+        UserError: an unknown flag or key, a value of the wrong type, no readable recipe file.
+    """
+    for arg in argv[1:]:
+        # The flags library answers an unknown key with an AttributeError deep inside.
+        if key := re.match(r"--?config\.([^=]+)", arg):
+            config_lib.check_key(key[1])
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    except flags.IllegalFlagValueError as error:
+        found = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error))
+        raise (
+            config_lib.wrong_type(found[1], found[2]) if found else UserError(str(error))
+        ) from None
+    except flags.Error as error:
+        raise UserError(f"{error}; see python -m mnist_flax.main --help") from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the recipe file cannot be used ({error!r})") from error
+    if rest:
+        raise UserError(f"{rest[0]!r} is no flag; see python -m mnist_flax.main --help")
+    if _CONFIG.value is None:
+        raise UserError(
+            "name a recipe, such as --config=configs/larger.py or configs/larger.py:digits"
+        )
+    if not isinstance(_CONFIG.value, ConfigDict):
+        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(f"there is no recipe file {name}: try configs/larger.py")
+    return _CONFIG.value
+
+
+if __name__ == "__main__":
+    cli.run(main)

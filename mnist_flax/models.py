@@ -1,0 +1,112 @@
+"""The networks of five Keras MNIST tutorials.
+
+    model = models.create("larger")
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    logits = model.apply(variables, images)
+
+Every network takes float32 images in [0, 1], [B, H, W, C], and gives float32 logits
+[B, num_classes]. `train=True` turns dropout on and needs `rngs={"dropout": key}`. Weights start
+as in Keras: Glorot-uniform kernels and zero biases. Any image size that survives the pools will
+do, with any number of channels and classes.
+"""
+
+import difflib
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mnist_flax.errors import UserError
+from mnist_flax.layers import Concatenate, Conv, Flatten, MaxPool
+
+Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
+
+
+class CNN(nn.Module):
+    """A stack of convolutions, then a stack of dense layers.
+
+    Attributes:
+        convs: (features, kernel size, whether a 2×2 max-pool follows) of each convolution.
+        dense: features of each hidden dense layer.
+        conv_dropout: dropout rate after the convolutions.
+        dense_dropout: dropout rate after the hidden dense layers.
+        num_classes: number of logits.
+        dtype: computation dtype; parameters and logits are float32.
+    """
+
+    convs: tuple[tuple[int, int, bool], ...]
+    dense: tuple[int, ...]
+    conv_dropout: float = 0.0
+    dense_dropout: float = 0.0
+    num_classes: int = 10
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for features, kernel, pool in self.convs:
+            # ReLU after the pool: the same values as before it, on a quarter of the numbers.
+            x = nn.relu(Conv(features, (kernel, kernel), pool=pool, dtype=self.dtype)(x))
+        if self.conv_dropout:
+            x = nn.Dropout(self.conv_dropout, deterministic=not train)(x)
+        x = Flatten()(x)
+        for features in self.dense:
+            x = nn.relu(Dense(features, dtype=self.dtype)(x))
+        if self.dense_dropout:
+            x = nn.Dropout(self.dense_dropout, deterministic=not train)(x)
+        return Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+class Branched(nn.Module):
+    """Two parallel convolutional branches, joined before three dense layers.
+
+    Attributes:
+        num_classes: number of logits.
+        dtype: computation dtype; parameters and logits are float32.
+    """
+
+    num_classes: int = 10
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        same_conv = partial(Conv, kernel_size=(3, 3), padding="SAME", dtype=self.dtype)
+        trunk = nn.relu(same_conv(32, pool=True)(x))
+        branches = [same_conv(256)(nn.relu(same_conv(64, pool=True)(trunk))) for _ in range(2)]
+        x = nn.relu(MaxPool()(Concatenate()(branches)))
+        x = Flatten()(x)
+        for features in (1000, 500):
+            x = nn.relu(Dense(features, dtype=self.dtype)(x))
+        return Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+_dropout_cnn = partial(CNN, dense=(128,), conv_dropout=0.25, dense_dropout=0.5)
+
+_NETWORKS = {
+    "branched": Branched,
+    "convnet": partial(CNN, convs=((32, 3, True), (64, 3, True), (64, 3, False)), dense=(64,)),
+    "double_conv_3x3": partial(_dropout_cnn, convs=((32, 3, False), (64, 3, True))),
+    "double_conv_5x5": partial(_dropout_cnn, convs=((32, 5, False), (64, 5, True))),
+    "single_conv_5x5": partial(_dropout_cnn, convs=((32, 5, True),)),
+    "baseline": partial(CNN, convs=((32, 5, True),), dense=(128,), conv_dropout=0.2),
+    "larger": partial(CNN, convs=((30, 5, True), (15, 3, True)), dense=(128, 50), conv_dropout=0.2),
+}
+
+
+def names() -> list[str]:
+    """The networks that `create` knows."""
+    return list(_NETWORKS)
+
+
+def create(name: str, **overrides) -> nn.Module:
+    """The network of that name, with its attributes (`num_classes`, `dtype`, ...) overridden.
+
+    Raises:
+        UserError: there is no such network.
+    """
+    if name not in _NETWORKS:
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0)[0]
+        raise UserError(
+            f"there is no network {name!r}; did you mean {near!r}? (networks: {', '.join(names())})"
+        )
+    return _NETWORKS[name](**overrides)

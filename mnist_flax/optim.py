@@ -1,0 +1,65 @@
+"""Optax optimisers with Keras's numbers, and learning-rate schedules by name."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+OPTIMIZERS = ("adam", "rmsprop")
+SCHEDULES = ("constant", "cosine", "one_cycle", "exponential")
+
+
+def create_schedule(name: str, learning_rate: float, total_steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step.
+
+    Args:
+        name: `constant`; `cosine`, falling to 0 along half a cosine; `one_cycle`, rising from
+            1/25 to the full rate over the first 30 % of the steps, then falling to 1/250,000
+            (Smith & Topin, 2018, with cosine flanks); `exponential`, falling to 1/100.
+        learning_rate: the highest learning rate.
+        total_steps: steps of the whole run.
+    """
+    match name:
+        case "constant":
+            return optax.constant_schedule(learning_rate)
+        case "cosine":
+            return optax.cosine_decay_schedule(learning_rate, total_steps)
+        case "one_cycle":
+            return optax.cosine_onecycle_schedule(total_steps, learning_rate)
+        case "exponential":
+            return optax.exponential_decay(learning_rate, total_steps, 0.01)
+    raise ValueError(f"unknown schedule {name!r}; choose one of {SCHEDULES}")
+
+
+def create(name: str, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Adam or RMSprop as `keras.optimizers` defines them.
+
+    Keras's Adam has betas .9 and .999 and epsilon 1e-7. It adds epsilon before correcting the
+    bias of the second moment ("epsilon hat" in Kingma & Ba, 2015), where Optax adds it after;
+    `_scale_by_keras_adam` follows Keras. Keras's RMSprop has rho .9 and adds epsilon 1e-7
+    inside the square root, as `optax.scale_by_rms` does.
+    """
+    match name:
+        case "adam":
+            scale = _scale_by_keras_adam(b1=0.9, b2=0.999, eps=1e-7)
+        case "rmsprop":
+            scale = optax.scale_by_rms(decay=0.9, eps=1e-7, eps_in_sqrt=True)
+        case _:
+            raise ValueError(f"unknown optimiser {name!r}; choose one of {OPTIMIZERS}")
+    return optax.chain(scale, optax.scale_by_learning_rate(schedule))
+
+
+def _scale_by_keras_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    def init(params):
+        zeros = optax.tree.zeros_like
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(params), zeros(params))
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        rate = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        updates = jax.tree.map(lambda m, v: rate * m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,47 @@
+"""Classifies image files with a trained network: python -m mnist_flax.predict RUN_DIR IMAGE..."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mnist_flax import cli, trained
+from mnist_flax.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mnist_flax.predict", description=__doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder that training left")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files of any size")
+    parser.add_argument(
+        "--invert",
+        action="store_true",
+        help="for dark ink on light paper: the networks were trained on light digits on black",
+    )
+    args = parser.parse_args()
+    run = trained.load(args.run_dir)
+    pixels = np.stack([read(Path(p), run.image_shape, args.invert) for p in args.images])
+    for path, probabilities in zip(args.images, run.predict(pixels), strict=True):
+        best = int(probabilities.argmax())
+        print(f"{path}: class {best} ({probabilities[best]:.1%})")
+
+
+def read(path: Path, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
+    """An image file as uint8 [H, W, C], resized to `shape`.
+
+    Raises:
+        UserError: the file is not there or is no image.
+    """
+    try:
+        image = Image.open(path).convert("L" if shape[2] == 1 else "RGB")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read as an image ({error}): give a PNG or JPEG"
+        ) from None
+    image = image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
+    return np.asarray(ImageOps.invert(image) if invert else image).reshape(shape)
+
+
+if __name__ == "__main__":
+    cli.run(main)

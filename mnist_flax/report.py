@@ -1,0 +1,109 @@
+"""What the user sees of a run; receives host numbers only."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mnist_flax import scoring
+
+if TYPE_CHECKING:
+    from mnist_flax.train import Data, Position
+
+
+def header(config: ConfigDict, parameters: int, data: "Data", run_dir: Path, device: str) -> None:
+    """Network, data, device and run folder, before anything slow starts."""
+    counts = [f"{len(data.train.labels):,} to train on ({config.data.train_split})"]
+    if data.watch is not None and data.watch is not data.test:
+        counts.append(f"{len(data.watch.labels):,} to watch ({config.data.watch_split})")
+    counts.append(f"{len(data.test.labels):,} to test on ({config.data.test_split})")
+    lines = {
+        "network": f"{config.model}, {parameters:,} parameters",
+        "data": f"{config.data.name}, {', '.join(counts)}",
+        "training": f"{config.epochs} epochs in batches of {config.batch_size}, "
+        f"{config.optimizer}, learning rate {config.learning_rate:g} ({config.schedule}), "
+        f"seed {config.seed}",
+        "device": f"{device}, {config.compute_dtype}",
+        "run folder": run_dir,
+    }
+    for name, text in lines.items():
+        print(f"{name:<11} {text}")
+    sys.stdout.flush()
+
+
+def resuming(step: int, epochs_done: int, epochs: int) -> None:
+    """Where a run goes on."""
+    print(
+        f"{'resuming':<11} after step {step:,}, {epochs_done} of {epochs} epochs done", flush=True
+    )
+
+
+def progress(position: "Position", epochs: int, examples: int) -> tqdm:
+    """A bar over the examples of an epoch; silent where the output is not a terminal.
+
+    It starts after compilation, so that speed and time left are those of training.
+    """
+    return tqdm(
+        desc=f"epoch {position.epoch + 1}/{epochs}",
+        total=examples,
+        initial=position.count,
+        unit=" images",
+        unit_scale=True,
+        leave=False,
+        dynamic_ncols=True,
+        disable=not sys.stdout.isatty(),
+        file=sys.stdout,
+    )
+
+
+def advance(bar: tqdm, position: "Position") -> None:
+    """Moves the bar to the examples trained on and shows their loss and accuracy."""
+    means = scoring.averages(position)
+    bar.set_postfix_str(
+        f"loss {means['loss']:.4f}, accuracy {means['accuracy']:.2%}", refresh=False
+    )
+    bar.update(position.count - bar.n)
+
+
+def epoch(row: dict[str, Any], config: ConfigDict) -> None:
+    """One line on a finished epoch."""
+    number = f"{row['epoch']:>{len(str(config.epochs))}}/{config.epochs}"
+    line = f"epoch {number}  loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.2%}"
+    if row["watch_accuracy"] is not None:
+        line += f"  |  {config.data.watch_split}: loss {row['watch_loss']:.4f}  "
+        line += f"accuracy {row['watch_accuracy']:.2%}"
+    line += f"  |  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s"
+    print(line, flush=True)
+
+
+def score(scored: dict[str, Any]) -> None:
+    """Loss, accuracy and error as the tutorials print them; `scored` as `scoring` gives it."""
+    right = round(scored["accuracy"] * scored["count"])
+    print(f"Test loss: {scored['loss']:.4f}")
+    print(f"Test accuracy: {scored['accuracy']:.2%} ({right:,} of {scored['count']:,} right)")
+    print(f"Error: {1 - scored['accuracy']:.2%}", flush=True)
+
+
+def result(summary: dict[str, Any], run_dir: Path) -> None:
+    """The end of a run: its score, and what can be done with it."""
+    score(
+        {
+            "loss": summary["test_loss"],
+            "accuracy": summary["test_accuracy"],
+            "count": summary["test_examples"],
+        }
+    )
+    print(f"evaluate    python -m mnist_flax.evaluate {run_dir}")
+    print(f"predict     python -m mnist_flax.predict {run_dir} IMAGE.png", flush=True)
+
+
+def finished_before(run_dir: Path) -> None:
+    """Answers a command that would train a finished run again."""
+    print(f"The run in {run_dir} is finished; nothing is left to do. Its result:")
+
+
+def stopped(message: str, command: str) -> None:
+    """How to go on after a signal."""
+    print(f"{message} and saved; go on with\n  {command}", file=sys.stderr, flush=True)

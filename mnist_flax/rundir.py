@@ -1,0 +1,124 @@
+"""A run folder: config.json, metrics.jsonl, summary.json and checkpoints/."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mnist_flax import config as config_lib
+from mnist_flax.errors import UserError
+
+# Where the data lies may change between two starts of the same run.
+_MAY_DIFFER = ("data.manual_dir",)
+
+
+def checkpoints(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def check(run_dir: Path, config: ConfigDict) -> None:
+    """Refuses a folder in which a run of this configuration cannot start or resume.
+
+    Changes nothing.
+
+    Raises:
+        UserError: a file, a folder that cannot be written, one that holds something else, or a
+            run of another configuration.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"the run folder {run_dir} is a file: name another with --workdir")
+    existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"the run folder {run_dir} cannot be written, as {existing} is not a writable "
+            "folder: name another with --workdir"
+        )
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return
+    if not (run_dir / "config.json").exists():
+        raise UserError(
+            f"the run folder {run_dir} holds something other than a run (there is no "
+            "config.json in it): name an empty or a new one with --workdir"
+        )
+    stored, given = (config_lib.flatten(c) for c in (read_config(run_dir), config))
+    differing = [
+        f"{key} is {stored.get(key)!r} there and {given.get(key)!r} now"
+        for key in stored | given
+        if stored.get(key) != given.get(key) and key not in _MAY_DIFFER
+    ]
+    if differing:
+        raise UserError(
+            f"the run folder {run_dir} holds a run of another configuration "
+            f"({'; '.join(differing)}): use the same, or name another folder with --workdir"
+        )
+
+
+def create(run_dir: Path, config: ConfigDict) -> None:
+    """Makes the folder and writes its configuration."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "config.json", config.to_dict())
+
+
+def read_config(run_dir: Path) -> ConfigDict:
+    """The configuration of a run.
+
+    Raises:
+        UserError: the folder is not there, is no run, or its configuration is damaged.
+    """
+    path = run_dir / "config.json"
+    if not path.is_file():
+        what = "is not a run folder (there is no config.json in it)"
+        raise UserError(
+            f"{run_dir} {what if run_dir.exists() else 'does not exist'}: "
+            "give the folder that a training run printed"
+        )
+    try:
+        config = config_lib.default()
+        config.update(json.loads(path.read_text()))
+        return config
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or of another version ({error})") from error
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None where the run is not finished."""
+    path = run_dir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Marks the run as finished."""
+    write_json(run_dir / "summary.json", summary)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes all of a file or nothing."""
+    _replace(path, json.dumps(content, indent=2) + "\n")
+
+
+def start_metrics(run_dir: Path, step: int) -> None:
+    """Leaves in metrics.jsonl what was written up to `step`, where a resumed run goes on."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # Only a line that ends was written whole.
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    _replace(path, "".join(kept))
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, one an epoch."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
+    """Adds one JSON object as a line to metrics.jsonl."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,43 @@
+"""Stopping a run by a signal without losing it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stopped(Exception):
+    """The run was stopped by `signum` and is saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+@contextmanager
+def noted() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list for the caller to look at.
+
+    A second signal acts as it would have without this. Outside the main thread, where Python
+    allows no handlers, nothing is collected.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(signum, frame):
+        received.append(signum)
+        restore()
+
+    def restore():
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    for signum in before:
+        signal.signal(signum, note)
+    try:
+        yield received
+    finally:
+        restore()

@@ -1,0 +1,63 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A pytree of arrays; the step functions take one and return the next.
+
+    Attributes:
+        step: int32 scalar, the number of updates made.
+        params: the network's parameters, float32.
+        opt_state: the optimiser's state.
+        batch_stats: running statistics of BatchNorm layers; empty where there are none.
+        key: uint32 [2], the key from which each step's dropout key is folded; it never changes.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+    batch_stats: Any
+    key: jax.Array
+
+
+def create(
+    seed: int, model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, int, int]
+) -> TrainState:
+    """The state before the first step, determined by the seed.
+
+    Args:
+        seed: any non-negative integer below 2**32.
+        model: the network.
+        tx: the optimiser.
+        image_shape: (H, W, C) of the images.
+
+    Raises:
+        UserError: the images are too small for the network.
+    """
+    init_key, step_key = jax.random.split(jax.random.key(seed))
+    variables = model.init(init_key, jnp.zeros((1, *image_shape)))
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=variables["params"],
+        opt_state=tx.init(variables["params"]),
+        batch_stats=variables.get("batch_stats", {}),
+        key=jax.random.key_data(step_key),
+    )
+
+
+def variables(state: TrainState) -> dict[str, Any]:
+    """What the network's `apply` takes."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def count_parameters(params: Any) -> int:
+    """The number of trainable numbers."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

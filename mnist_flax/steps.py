@@ -1,0 +1,172 @@
+"""Pure step functions: no I/O, no jit, no Python state.
+
+A caller binds the network and the optimiser and compiles once:
+
+    epoch = jax.jit(partial(steps.train_epoch, model=model, tx=tx), donate_argnums=0)
+    state, metrics = epoch(state, images, labels, batches)
+
+Metrics are sums and counts over the examples that a mask lets through, so that padding never
+counts and averages over unequal batches are exact.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mnist_flax.state import TrainState
+
+
+@flax.struct.dataclass
+class Batch:
+    """Examples of one step.
+
+    Attributes:
+        images: float32 [B, H, W, C] in [0, 1].
+        labels: int32 [B].
+        mask: float32 [B], 1 for an example and 0 for padding.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mask: jax.Array
+
+
+@flax.struct.dataclass
+class Metrics:
+    """Sums over examples: of the loss (float32), of correct predictions and of ones (int32)."""
+
+    loss_sum: jax.Array
+    correct: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def zero(cls) -> "Metrics":
+        return cls(jnp.zeros([]), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+
+    def __add__(self, other: "Metrics") -> "Metrics":
+        return jax.tree.map(jnp.add, self, other)
+
+
+def scale(images: jax.Array) -> jax.Array:
+    """uint8 [0, 255] to float32 [0, 1]."""
+    return images.astype(jnp.float32) / 255
+
+
+def gather(images: jax.Array, labels: jax.Array, indices: jax.Array) -> Batch:
+    """The batch at `indices` of a data set on the device.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        labels: int32 [N].
+        indices: int32 [B]; -1 stands for padding.
+    """
+    kept = jnp.maximum(indices, 0)
+    return Batch(scale(images[kept]), labels[kept], (indices >= 0).astype(jnp.float32))
+
+
+def measure(logits: jax.Array, batch: Batch) -> Metrics:
+    """Cross-entropy, correct predictions and count of a batch; logits [B, classes]."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    correct = (logits.argmax(-1) == batch.labels) & (batch.mask > 0)
+    return Metrics(
+        # `where`, as 0 · inf would be NaN.
+        loss_sum=jnp.where(batch.mask > 0, losses, 0).sum(),
+        correct=correct.sum(dtype=jnp.int32),
+        count=batch.mask.sum(dtype=jnp.int32),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update by the gradient of the mean loss over the batch's examples.
+
+    Under `jax.pmap` or `shard_map`, `axis_name` names the axis over which the batch is split:
+    the update and the metrics are then those of the whole batch, on every device. Dropout uses
+    `fold_in(state.key, state.step)`, folded again with the device's index on that axis.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, lax.axis_index(axis_name))
+
+    count = _sum_over(axis_name, batch.mask.sum())
+
+    def loss_of(params):
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch.images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        metrics = measure(logits, batch)
+        return metrics.loss_sum / count, (metrics, updated.get("batch_stats", {}))
+
+    grads, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
+    grads = _sum_over(axis_name, grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        batch_stats=batch_stats,
+    ), _sum_over(axis_name, metrics)
+
+
+def eval_step(
+    variables: Any, batch: Batch, *, model: nn.Module, axis_name: str | None = None
+) -> Metrics:
+    """Scores a batch; variables are {"params": ..., "batch_stats": ...}."""
+    logits = model.apply(variables, batch.images, train=False)
+    return _sum_over(axis_name, measure(logits, batch))
+
+
+def train_epoch(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    batches: jax.Array,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+    """`train_step` over each row of `batches`, int32 [steps, B], in one `lax.scan`.
+
+    The data set stays on the device as uint8; only indices are new. An epoch may be given in
+    pieces: the states are the same.
+    """
+
+    def step(carry, indices):
+        state, total = carry
+        batch = gather(images, labels, indices)
+        state, metrics = train_step(state, batch, model=model, tx=tx)
+        return (state, total + metrics), None
+
+    (state, total), _ = lax.scan(step, (state, Metrics.zero()), batches)
+    return state, total
+
+
+def eval_epoch(
+    variables: Any, images: jax.Array, labels: jax.Array, batches: jax.Array, *, model: nn.Module
+) -> Metrics:
+    """`eval_step` over each row of `batches`, int32 [steps, B], in one `lax.scan`."""
+
+    def step(total, indices):
+        return total + eval_step(variables, gather(images, labels, indices), model=model), None
+
+    total, _ = lax.scan(step, Metrics.zero(), batches)
+    return total
+
+
+def _sum_over(axis_name: str | None, tree: Any) -> Any:
+    return tree if axis_name is None else lax.psum(tree, axis_name)

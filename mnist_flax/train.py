@@ -1,0 +1,317 @@
+"""The training loop: the only place that knows when something happens."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from mnist_flax import batches, checkpoint, datasets, environment, models, optim, report, rundir
+from mnist_flax import config as config_lib
+from mnist_flax import scoring, signals, steps
+from mnist_flax import state as state_lib
+from mnist_flax.datasets import Arrays
+from mnist_flax.errors import UserError
+from mnist_flax.state import TrainState
+
+
+@dataclass
+class Position:
+    """Where a run stands beside its state; every checkpoint keeps it.
+
+    Attributes:
+        epoch: epochs finished.
+        loss_sum, correct, count: training metrics of the epoch under way, summed over examples.
+        seconds: time spent training in the epoch under way.
+        compile_seconds: time spent compiling, over all starts of the run.
+        wall_seconds: time of the whole run, over all its starts.
+    """
+
+    epoch: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    count: int = 0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+    def add(self, metrics: steps.Metrics, seconds: float) -> None:
+        self.loss_sum += float(metrics.loss_sum)
+        self.correct += int(metrics.correct)
+        self.count += int(metrics.count)
+        self.seconds += seconds
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.loss_sum, self.correct, self.count, self.seconds = 0.0, 0, 0, 0.0
+
+
+class Data(NamedTuple):
+    """The splits of a run; `watch` is None where none is watched, or `test` itself."""
+
+    train: Arrays
+    watch: Arrays | None
+    test: Arrays
+    num_classes: int
+
+
+class Programs(NamedTuple):
+    """What a run compiles: it runs nothing else on the device."""
+
+    train: Callable[[TrainState, np.ndarray], tuple[TrainState, steps.Metrics]]
+    score_watch: Callable[[Any], dict[str, Any]] | None
+    score_test: Callable[[Any], dict[str, Any]]
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Trains a network as configured, scores it on the test split and leaves a run folder.
+
+    Called again on the same folder it resumes after the newest checkpoint, giving bit for bit
+    the parameters of a run that was never stopped; for a finished run it returns the summary.
+
+    Args:
+        config: as `config.default()`, which says what each key means.
+        workdir: the run folder: new, empty, or of a run of the same configuration.
+
+    Returns:
+        The contents of summary.json.
+
+    Raises:
+        UserError: what was given cannot be run, or training diverged.
+        signals.Stopped: SIGINT or SIGTERM arrived; the run is saved.
+    """
+    began = time.perf_counter()
+    run_dir = Path(workdir)
+    config_lib.validate(config)
+    rundir.check(run_dir, config)
+    if summary := rundir.read_summary(run_dir):
+        report.finished_before(run_dir)
+        report.result(summary, run_dir)
+        return summary
+
+    data = load_data(config)
+    image_shape = data.train.images.shape[1:]
+    model = create_model(config, data.num_classes)
+    tx = create_optimizer(config, len(data.train.labels))
+    state = initial_state(config, model, tx, image_shape)
+
+    rundir.create(run_dir, config)
+    device = environment.device_name()
+    parameters = state_lib.count_parameters(state.params)
+    report.header(config, parameters, data, run_dir, device)
+
+    with checkpoint.open_manager(rundir.checkpoints(run_dir)) as manager:
+        position = Position()
+        if restored := checkpoint.restore(manager, lambda record: state):
+            state, record = restored
+            position = Position(**record["position"])
+            report.resuming(int(state.step), position.epoch, config.epochs)
+        rundir.start_metrics(run_dir, int(state.step))
+        earlier = position.wall_seconds
+
+        clock = time.perf_counter()
+        programs = compile_programs(config, model, tx, state, data)
+        position.compile_seconds += time.perf_counter() - clock
+
+        with signals.noted() as received:
+            while position.epoch < config.epochs:
+                with report.progress(position, config.epochs, len(data.train.labels)) as bar:
+                    for state in _train_pieces(config, data, programs, state, position):
+                        _refuse_divergence(config, state, position, manager.latest_step())
+                        report.advance(bar, position)
+                        if received:
+                            break
+                watch_accuracy = None
+                if position.count == len(data.train.labels):
+                    row = _score_epoch(programs, state, position)
+                    rundir.append_metrics(run_dir, row)
+                    report.epoch(row, config)
+                    # Choosing the best by the test set would make its score a lie.
+                    if data.watch is not data.test:
+                        watch_accuracy = row["watch_accuracy"]
+                    position.next_epoch()
+                position.wall_seconds = earlier + time.perf_counter() - began
+                record = {
+                    "position": asdict(position),
+                    "image_shape": image_shape,
+                    "num_classes": data.num_classes,
+                    "config": config.to_dict(),
+                    "versions": environment.versions(),
+                }
+                checkpoint.save(manager, state, record, watch_accuracy)
+                if received:
+                    raise signals.Stopped(received[0])
+
+    score = programs.score_test(state_lib.variables(state))
+    rows = rundir.read_metrics(run_dir)
+    summary = {
+        "config_name": config.name,
+        "dataset": config.data.name,
+        "model": config.model,
+        "parameters": parameters,
+        "train_examples": len(data.train.labels),
+        "test_examples": score["count"],
+        "epochs": config.epochs,
+        "seed": config.seed,
+        "test_loss": score["loss"],
+        "test_accuracy": score["accuracy"],
+        "wall_seconds": earlier + time.perf_counter() - began,
+        "compile_seconds": position.compile_seconds,
+        "images_per_second": len(rows) * len(data.train.labels) / sum(r["seconds"] for r in rows),
+        "device": device,
+        "versions": environment.versions(),
+    }
+    rundir.write_summary(run_dir, summary)
+    report.result(summary, run_dir)
+    return summary
+
+
+def load_data(config: ConfigDict) -> Data:
+    """The splits of a run as host arrays; equal splits share one."""
+
+    def load(split: str) -> Arrays:
+        return datasets.load(config.data.name, split, config.data.manual_dir)
+
+    test = load(config.data.test_split)
+    watch = None
+    if config.data.watch_split == config.data.test_split:
+        watch = test
+    elif config.data.watch_split:
+        watch = load(config.data.watch_split)
+    num_classes = datasets.info(config.data.name).num_classes
+    return Data(load(config.data.train_split), watch, test, num_classes)
+
+
+def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
+    """The configured network."""
+    dtype = jnp.dtype(config.compute_dtype)
+    return models.create(config.model, num_classes=num_classes, dtype=dtype)
+
+
+def create_optimizer(config: ConfigDict, num_examples: int) -> optax.GradientTransformation:
+    """The configured optimiser, its schedule laid over the whole run."""
+    total_steps = config.epochs * steps_per_epoch(config, num_examples)
+    schedule = optim.create_schedule(config.schedule, config.learning_rate, total_steps)
+    return optim.create(config.optimizer, schedule)
+
+
+def initial_state(
+    config: ConfigDict,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+) -> TrainState:
+    """The state before the first step, determined by `config.seed`."""
+    # Jitted, as Linen's initialisation run op by op compiles a program for each op.
+    create = jax.jit(partial(state_lib.create, model=model, tx=tx, image_shape=image_shape))
+    return create(np.uint32(config.seed))
+
+
+def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
+    """Steps that it takes to train on every example once."""
+    return math.ceil(num_examples / config.batch_size)
+
+
+def piece_length(config: ConfigDict, num_examples: int) -> int:
+    """Steps that run as one program, between which the host may report, save or stop.
+
+    About a twentieth of an epoch. A length that divides the epoch is preferred, since the
+    remainder would be a second program to compile.
+    """
+    steps = steps_per_epoch(config, num_examples)
+    length = steps if steps <= 50 else max(10, steps // 20)
+    if config.checkpoint.every_steps:
+        length = min(length, config.checkpoint.every_steps)
+    return next((n for n in range(length, 2 * length) if steps % n == 0), length)
+
+
+def compile_programs(
+    config: ConfigDict,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    data: Data,
+) -> Programs:
+    """Puts the data on the device and compiles everything that a run executes there."""
+    arrays = jax.device_put(data.train)
+    train = jax.jit(partial(steps.train_epoch, model=model, tx=tx), donate_argnums=0)
+    steps_in_epoch = steps_per_epoch(config, len(data.train.labels))
+    length = piece_length(config, len(data.train.labels))
+    by_length = {}
+    for n in {length, steps_in_epoch % length} - {0}:
+        rows = jax.ShapeDtypeStruct((n, config.batch_size), jnp.int32)
+        by_length[n] = train.lower(state, *arrays, rows).compile()
+
+    variables = state_lib.variables(state)
+    score_test = scoring.compile_scorer(model, variables, data.test)
+    score_watch = score_test
+    if data.watch is None:
+        score_watch = None
+    elif data.watch is not data.test:
+        score_watch = scoring.compile_scorer(model, variables, data.watch)
+    return Programs(
+        lambda state, rows: by_length[len(rows)](state, *arrays, rows), score_watch, score_test
+    )
+
+
+def _train_pieces(
+    config: ConfigDict, data: Data, programs: Programs, state: TrainState, position: Position
+) -> Iterator[TrainState]:
+    """Trains on to the end of the epoch, or to where a checkpoint is due.
+
+    Yields the state after each piece, when `position` has its metrics. A state is donated to
+    the next piece.
+    """
+    num_examples = len(data.train.labels)
+    rows = batches.train_batches(config.seed, position.epoch, num_examples, config.batch_size)
+    length, every = piece_length(config, num_examples), config.checkpoint.every_steps
+    before = position.epoch * len(rows)
+    for start in range(int(state.step) - before, len(rows), length):
+        clock = time.perf_counter()
+        state, metrics = programs.train(state, rows[start : start + length])
+        position.add(jax.device_get(metrics), time.perf_counter() - clock)
+        yield state
+        if every and int(state.step) // every > (before + start) // every:
+            return
+
+
+def _score_epoch(programs: Programs, state: TrainState, position: Position) -> dict[str, Any]:
+    """The row of a finished epoch in metrics.jsonl."""
+    train = scoring.averages(position)
+    watch = programs.score_watch(state_lib.variables(state)) if programs.score_watch else {}
+    return {
+        "epoch": position.epoch + 1,
+        "step": int(state.step),
+        "train_loss": train["loss"],
+        "train_accuracy": train["accuracy"],
+        "watch_loss": watch.get("loss"),
+        "watch_accuracy": watch.get("accuracy"),
+        "images_per_second": position.count / position.seconds,
+        "seconds": position.seconds,
+    }
+
+
+def _refuse_divergence(
+    config: ConfigDict, state: TrainState, position: Position, saved: int | None
+) -> None:
+    """Raises UserError unless loss and parameters are finite, before they can be saved."""
+    finite = math.isfinite(position.loss_sum)
+    finite &= all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    if finite:
+        return
+    kept = f"the checkpoint of step {saved:,} is kept" if saved else "there is no checkpoint yet"
+    raise UserError(
+        f"training diverged in epoch {position.epoch + 1}: the loss or a parameter is NaN or "
+        f"infinite ({kept}); try a lower learning_rate than {config.learning_rate:g} in a new "
+        "run folder"
+    )

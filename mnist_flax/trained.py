@@ -1,0 +1,138 @@
+"""A trained network, read back from its run folder."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mnist_flax import checkpoint, datasets, rundir, scoring, steps, train
+from mnist_flax import state as state_lib
+from mnist_flax.errors import UserError
+
+_BATCH_SIZE = 500
+
+
+class Trained:
+    """A network with its trained parameters.
+
+    Attributes:
+        config: the run's configuration.
+        model: the Linen module.
+        variables: {"params": ..., "batch_stats": ...}, as `model.apply` takes.
+        step: updates made when the checkpoint was written.
+        image_shape: (H, W, C) of the images it was trained on.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: nn.Module,
+        state: state_lib.TrainState,
+        image_shape: tuple[int, int, int],
+    ):
+        self.config = config
+        self.model = model
+        self.variables = state_lib.variables(state)
+        self.step = int(state.step)
+        self.image_shape = image_shape
+        self._probabilities = jax.jit(
+            lambda variables, images: nn.softmax(model.apply(variables, images))
+        )
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Class probabilities.
+
+        Args:
+            images: [B, H, W, C], or [B, H, W] where C is 1; uint8, or float in [0, 1].
+
+        Returns:
+            float32 [B, classes]; each row sums to 1.
+
+        Raises:
+            UserError: images of another shape, dtype or range.
+        """
+        images = self._checked(np.asarray(images))
+        parts = [
+            self._predict_batch(images[start : start + _BATCH_SIZE])
+            for start in range(0, len(images), _BATCH_SIZE)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, self.model.num_classes), np.float32)
+
+    def evaluate(self, split: str | None = None) -> dict[str, Any]:
+        """Scores a TFDS slice of the run's data set, without one its test split.
+
+        Returns:
+            {"loss": mean cross-entropy, "accuracy": in [0, 1], "count": examples scored}.
+
+        Raises:
+            UserError: there is no such split, or the data set cannot be had.
+        """
+        data = self.config.data
+        arrays = datasets.load(data.name, split or data.test_split, data.manual_dir)
+        return scoring.compile_scorer(self.model, self.variables, arrays)(self.variables)
+
+    def _checked(self, images: np.ndarray) -> np.ndarray:
+        shape = self.image_shape
+        if images.ndim == 3 and shape[2] == 1:
+            images = images[..., None]
+        if images.ndim != 4 or images.shape[1:] != shape:
+            raise UserError(
+                f"images of shape {images.shape} do not fit this network: give "
+                f"[B, {', '.join(map(str, shape))}]"
+            )
+        if images.dtype == np.uint8:
+            return images
+        if not np.issubdtype(images.dtype, np.floating):
+            raise UserError(f"images are {images.dtype}: give uint8, or float in [0, 1]")
+        if images.size and not (0 <= images.min() and images.max() <= 1):
+            raise UserError(
+                f"float images reach from {images.min():g} to {images.max():g}: scale them to "
+                "[0, 1], or give uint8"
+            )
+        return images.astype(np.float32)
+
+    def _predict_batch(self, images: np.ndarray) -> np.ndarray:
+        # Filled up to a power of two, so that few sizes are compiled.
+        size = 1 << (len(images) - 1).bit_length()
+        filled = np.zeros((size, *images.shape[1:]), images.dtype)
+        filled[: len(images)] = images
+        if filled.dtype == np.uint8:
+            filled = steps.scale(filled)
+        return np.asarray(self._probabilities(self.variables, filled))[: len(images)]
+
+
+def load(workdir: str | os.PathLike, step: int | None = None) -> Trained:
+    """Reads a finished or unfinished run.
+
+    Args:
+        workdir: the run folder.
+        step: the checkpoint's step; without it the newest sound one.
+
+    Raises:
+        UserError: the folder is no run, or has no checkpoint that can be read.
+    """
+    run_dir = Path(workdir)
+    config = rundir.read_config(run_dir)
+    folder = rundir.checkpoints(run_dir)
+    if not folder.is_dir():
+        raise UserError(f"the run in {run_dir} has no checkpoint yet: let it finish an epoch")
+
+    def abstract(record: dict[str, Any]) -> state_lib.TrainState:
+        shape = tuple(record["image_shape"])
+        model = train.create_model(config, record["num_classes"])
+        tx = train.create_optimizer(config, 1)
+        create = partial(state_lib.create, model=model, tx=tx, image_shape=shape)
+        return jax.eval_shape(create, np.uint32(0))
+
+    with checkpoint.open_manager(folder, read_only=True) as manager:
+        restored = checkpoint.restore(manager, abstract, step)
+    if restored is None:
+        raise UserError(f"the run in {run_dir} has no checkpoint yet: let it finish an epoch")
+    state, record = restored
+    model = train.create_model(config, record["num_classes"])
+    return Trained(config, model, state, tuple(record["image_shape"]))

@@ -1,0 +1,495 @@
+import gzip
+import io
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from mnist_flax import builders, datasets
+from mnist_flax.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """One data folder for all tests that only read digits or MNIST."""
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(autouse=True)
+def data_dir(monkeypatch, prepared) -> Path:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    monkeypatch.delenv("MNIST_FLAX_MANUAL_DIR", raising=False)
+    return prepared
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path) -> Path:
+    """An empty data folder of the test's own."""
+    folder = tmp_path / "tfds"
+    folder.mkdir()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mnist_gz() -> Path:
+    folder = os.environ.get("MNIST_FLAX_TEST_MNIST")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("MNIST_FLAX_TEST_MNIST does not name a folder with the four .gz files of MNIST")
+    return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def mnist(mnist_gz, prepared) -> Path:
+    """MNIST prepared from the manual folder, with every look at the network an error."""
+
+    def no_network(*args, **kwargs):
+        raise AssertionError("the network was used")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(prepared))
+        patch.setattr(socket, "getaddrinfo", no_network)
+        patch.setattr(socket.socket, "connect", no_network)
+        datasets.load("mnist", "test", manual_dir=str(mnist_gz))
+    return mnist_gz
+
+
+def one_sentence(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def write_tfrecord_set(
+    root: Path, name: str, version: str, shards: list[list[tuple[np.ndarray, int]]], extra=None
+) -> Path:
+    """Writes what `tfds.load` leaves: a `train` split of TFRecord shards, framed by hand."""
+    folder = root / name / version
+    folder.mkdir(parents=True, exist_ok=True)
+    features = tfds.builder(name, data_dir=root / "nowhere").info.features
+    for index, shard in enumerate(shards):
+        path = folder / f"{name}-train.tfrecord-{index:05}-of-{len(shards):05}"
+        with path.open("wb") as file:
+            for image, label in shard:
+                example = {"image": Image.fromarray(image), "label": label, **(extra or {})}
+                record = features.serialize_example(example)
+                file.write(struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0))
+    info = {
+        "fileFormat": "tfrecord",
+        "name": name,
+        "version": version,
+        "splits": [
+            {
+                "name": "train",
+                "shardLengths": [str(len(shard)) for shard in shards],
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            }
+        ],
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def grey(value: int) -> np.ndarray:
+    return np.full((28, 28), value, np.uint8)
+
+
+# Five images, told apart by their grey values, in shards of three and two.
+FIVE = [[(grey(10), 1), (grey(20), 2), (grey(30), 3)], [(grey(40), 4), (grey(50), 5)]]
+
+
+def test_digits_are_those_of_scikit_learn_in_the_order_of_its_file():
+    expected = load_digits()
+    train, test = datasets.load("digits", "train"), datasets.load("digits", "test")
+    assert train.images.shape == (1500, 28, 28, 1) and train.images.dtype == np.uint8
+    assert test.images.shape == (297, 28, 28, 1) and test.labels.dtype == np.int32
+    np.testing.assert_array_equal(train.labels, expected.target[:1500])
+    np.testing.assert_array_equal(test.labels, expected.target[1500:])
+    images = np.concatenate([train.images, test.images])[..., 0]
+    assert images[:, 4:24, 4:24].any(axis=0).any() and images.max() == 255
+    frame = np.ones((28, 28), bool)
+    frame[4:24, 4:24] = False
+    assert not images[:, frame].any()
+    # Averages over quarters of a digit survive the enlarging, up to the resampling's ringing.
+    small = expected.images.reshape(-1, 2, 4, 2, 4).mean(axis=(2, 4)) * 255 / 16
+    large = images[:, 4:24, 4:24].reshape(-1, 2, 10, 2, 10).mean(axis=(2, 4))
+    assert np.abs(small - large).max() < 20
+    assert np.corrcoef(small.ravel(), large.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("split", "indices"),
+    [
+        ("train[1200:]", range(1200, 1500)),
+        ("train[90%:]", range(1350, 1500)),
+        ("train[-100:]", range(1400, 1500)),
+        ("train[:10%]+train[80%:]", [*range(150), *range(1200, 1500)]),
+        ("test+train[:2]", [*range(1500, 1797), 0, 1]),
+    ],
+)
+def test_a_slice_selects_what_tfds_says(split, indices):
+    every = datasets.load("digits", "all")
+    found = datasets.load("digits", split)
+    np.testing.assert_array_equal(found.labels, load_digits().target[list(indices)])
+    np.testing.assert_array_equal(found.images, every.images[list(indices)])
+
+
+def test_info_of_sets_that_are_not_prepared(fresh):
+    assert datasets.info("digits") == (
+        "digits",
+        "1.0.0",
+        (28, 28, 1),
+        10,
+        {"train": 1500, "test": 297},
+    )
+    for name in ("mnist", "fashion_mnist", "kmnist"):
+        sizes = {"train": 60000, "test": 10000}
+        assert datasets.info(name) == (name, "3.0.1", (28, 28, 1), 10, sizes)
+    assert list(fresh.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "said"),
+    [
+        ("mnits", "train", "did you mean 'mnist'?"),
+        ("MNIST", "train", "did you mean 'mnist'?"),
+        ("emnist/balancd", "train", "did you mean 'emnist/balanced'?"),
+        ("huggingface:mnist", "train", "no data set"),
+        ("", "train", "no data set"),
+        ("imdb_reviews", "train", "not for image classification"),
+        ("digits", "trian", "train (1,500 examples) and test (297 examples)"),
+        ("digits", "train[", "'train['"),
+        ("digits", "train[200%:]", "'train[200%:]'"),
+        ("digits", "train[5000:]", "1500 examples"),
+        ("digits", "train[1500:]", "no examples"),
+        ("digits", "train[10:5]", "no examples"),
+        ("digits", "train+test[297:]", "no examples"),
+        ("digits", "", "malformed"),
+        ("cifar10", "train[:", "malformed"),
+    ],
+)
+def test_check_refuses(fresh, name, split, said):
+    with pytest.raises(UserError) as error:
+        datasets.check(name, split)
+    assert said in one_sentence(error)
+    assert list(fresh.iterdir()) == []
+
+
+def test_check_accepts_without_preparing(fresh):
+    for split in ("train", "train[5000:]", "train[90%:]", "train[:10%]+train[80%:]", "test"):
+        datasets.check("mnist", split)
+    datasets.check("cifar10", "test[:50%]")
+    datasets.check("emnist/balanced", "train")
+    assert list(fresh.iterdir()) == []
+
+
+def idx(path: Path, header: int) -> np.ndarray:
+    return np.frombuffer(gzip.decompress(path.read_bytes())[header:], np.uint8)
+
+
+@pytest.mark.parametrize(("split", "file"), [("train", "train"), ("test", "t10k")])
+def test_mnist_holds_the_examples_of_the_official_files(mnist, split, file):
+    images = idx(mnist / f"{file}-images-idx3-ubyte.gz", 16).reshape(-1, 784)
+    labels = idx(mnist / f"{file}-labels-idx1-ubyte.gz", 8)
+    found = datasets.load("mnist", split)
+    assert found.images.shape == (len(labels), 28, 28, 1)
+    ours = np.column_stack([found.images.reshape(-1, 784), found.labels.astype(np.uint8)])
+    theirs = np.column_stack([images, labels])
+    assert sorted(row.tobytes() for row in ours) == sorted(row.tobytes() for row in theirs)
+    assert not np.array_equal(found.labels, labels)  # TFDS shuffles what it prepares
+
+
+def test_mnist_comes_in_the_order_that_tfds_documents(mnist):
+    # The four examples that https://www.tensorflow.org/datasets/overview shows.
+    assert datasets.load("mnist", "train[:4]").labels.tolist() == [4, 1, 0, 7]
+
+
+def test_the_stock_builder_reads_the_mnist_prepared_here(mnist, prepared):
+    stock = tfds.builder_cls("mnist")(data_dir=prepared)
+    assert stock.is_prepared()
+    source = stock.as_data_source("test[100:110]")
+    found = datasets.load("mnist", "test[100:110]")
+    np.testing.assert_array_equal(np.stack([e["image"] for e in source]), found.images)
+    assert [int(e["label"]) for e in source] == found.labels.tolist()
+    written = json.loads((prepared / "mnist/3.0.1/dataset_info.json").read_text())
+    assert written["moduleName"] == "tensorflow_datasets.image_classification.mnist"
+    assert written["downloadSize"] == str(9912422 + 28881 + 1648877 + 4542)
+    assert {path.name for path in prepared.iterdir()} <= {"digits", "mnist", "mnist_flax_cache"}
+
+
+def test_the_manual_folder_can_come_from_the_environment(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("MNIST_FLAX_MANUAL_DIR", str(tmp_path / "from_environment"))
+    with pytest.raises(UserError, match="from_environment does not exist"):
+        datasets.load("mnist", "train")
+    with pytest.raises(UserError, match="from_argument does not exist"):
+        datasets.load("mnist", "train", manual_dir=str(tmp_path / "from_argument"))
+    assert list(fresh.iterdir()) == []
+
+
+def test_manual_files_missing_or_wrong_are_named(fresh, tmp_path):
+    manual = tmp_path / "manual"
+    manual.mkdir()
+    with pytest.raises(UserError) as error:
+        datasets.load("mnist", "train", manual_dir=str(manual))
+    assert "train-images-idx3-ubyte.gz is missing" in one_sentence(error)
+    for file in builders.GZ_NAMES:
+        (manual / file).write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        datasets.load("mnist", "train", manual_dir=str(manual))
+    message = one_sentence(error)
+    assert "train-images-idx3-ubyte.gz is not the official file" in message
+    assert "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609 expected" in message
+    # The SHA-256 of nothing.
+    assert "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855 found" in message
+    assert list(fresh.iterdir()) == []
+
+
+def test_a_truncated_manual_file_is_named(fresh, mnist_gz, tmp_path):
+    manual = tmp_path / "manual"
+    shutil.copytree(mnist_gz, manual, copy_function=shutil.copyfile)
+    manual.chmod(0o755)
+    broken = manual / "t10k-images-idx3-ubyte.gz"
+    os.truncate(broken, broken.stat().st_size - 1)
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte.gz is not the official file"):
+        datasets.load("mnist", "train", manual_dir=str(manual))
+    assert list(fresh.iterdir()) == []
+
+
+def test_a_manual_folder_is_for_the_mnist_family_alone(fresh, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="not for digits"):
+        datasets.load("digits", "train", manual_dir=str(tmp_path))
+    # The environment speaks to every run, so that it forbids none.
+    monkeypatch.setenv("MNIST_FLAX_MANUAL_DIR", str(tmp_path / "absent"))
+    assert len(datasets.load("digits", "test").labels) == 297
+
+
+def test_without_a_network_the_ways_out_are_named_at_once(fresh, monkeypatch):
+    # A proxy on a port where nothing listens.
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        datasets.load("mnist", "train")
+    message = one_sentence(error)
+    assert "Connection refused" in message
+    for way_out in ("py:digits", "data.manual_dir=DIR", "MNIST_FLAX_MANUAL_DIR", "TFDS_DATA_DIR"):
+        assert way_out in message
+    assert all(file in message for file in builders.GZ_NAMES)
+    assert list(fresh.iterdir()) == []
+    with pytest.raises(UserError, match="cifar10 .*Connection refused.*py:digits.*TFDS_DATA_DIR"):
+        datasets.load("cifar10", "train")
+    assert time.monotonic() - start < 10
+
+
+def test_what_was_downloaded_is_verified(fresh, monkeypatch):
+    class Response(io.BytesIO):
+        content = b"<html>log in to the hotel's network</html>"
+
+        def raise_for_status(self):
+            pass
+
+    monkeypatch.setattr(builders.requests, "get", lambda url, timeout: Response())
+    with pytest.raises(UserError, match="not the official file"):
+        datasets.load("kmnist", "train")
+    assert list(fresh.iterdir()) == []
+
+
+def test_a_failed_preparation_leaves_nothing(fresh, monkeypatch):
+    calls = []
+
+    def fail_later(image):
+        calls.append(1)
+        if len(calls) == 1600:
+            raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
+        return Image.new("L", (28, 28))
+
+    monkeypatch.setattr(builders, "_like_mnist", fail_later)
+    with pytest.raises(UserError, match="needs TensorFlow.*TFDS_DATA_DIR"):
+        datasets.load("digits", "train")
+    assert len(calls) == 1600
+    assert list(fresh.iterdir()) == []
+
+
+def test_a_data_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(blocked))
+    with pytest.raises(UserError, match="file cannot be written.*TFDS_DATA_DIR"):
+        datasets.load("digits", "train")
+
+
+def test_two_processes_may_prepare_at_once(fresh):
+    # The same seed, as TFDS names its folder of unfinished files by `random`.
+    code = "import random; from mnist_flax import datasets; random.seed(0); "
+    code += "print(datasets.load('digits', 'test').labels.sum())"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    expected = str(load_digits().target[1500:].sum())
+    assert [out.strip() for out, _ in outputs] == [expected] * 2, outputs
+    assert {path.name for path in fresh.iterdir()} == {"digits", "mnist_flax_cache"}
+
+
+def test_tensorflow_is_never_imported_and_tfds_keeps_quiet(fresh, tmp_path):
+    # A TensorFlow that cannot be imported, in front of any that may be installed.
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('imported')")
+    code = (
+        "import sys; from mnist_flax import datasets; assert 'tensorflow_datasets' not in "
+        "sys.modules; datasets.load('digits', 'train'); assert 'tensorflow' not in sys.modules"
+    )
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == f"preparing digits/1.0.0 in {fresh}\n"
+
+
+def test_tfrecord_is_read_in_the_order_of_its_shards(fresh):
+    write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
+    found = datasets.load("mnist", "train")
+    assert found.images.shape == (5, 28, 28, 1)
+    assert found.images[:, 0, 0, 0].tolist() == [10, 20, 30, 40, 50]
+    assert found.labels.tolist() == [1, 2, 3, 4, 5]
+    assert datasets.load("mnist", "train[2:4]").labels.tolist() == [3, 4]
+    assert datasets.load("mnist", "train[-20%:]").labels.tolist() == [5]
+    assert datasets.load("mnist", "train[1shard]").labels.tolist() == [4, 5]
+    assert datasets.info("mnist").split_sizes == {"train": 5}
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+def test_a_truncated_tfrecord_file_is_named(fresh, cut):
+    folder = write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
+    path = folder / "mnist-train.tfrecord-00001-of-00002"
+    os.truncate(path, path.stat().st_size - cut)
+    with pytest.raises(UserError, match="mnist-train.tfrecord-00001-of-00002 is truncated"):
+        datasets.load("mnist", "train")
+
+
+def test_a_tfrecord_file_with_a_record_too_few_is_noticed(fresh):
+    folder = write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
+    shutil.copy(
+        folder / "mnist-train.tfrecord-00001-of-00002",
+        folder / "mnist-train.tfrecord-00000-of-00002",
+    )
+    with pytest.raises(UserError, match="4 examples found where 5 are expected"):
+        datasets.load("mnist", "train")
+
+
+def test_images_of_several_sizes_and_missing_labels_are_refused(fresh):
+    colour = np.zeros((8, 9, 3), np.uint8)
+    extra = {"image/filename": "cat.png"}
+    shards = [[(colour, 0), (colour, 1)]]
+    folder = write_tfrecord_set(fresh, "cats_vs_dogs", "4.0.1", shards, extra)
+    assert datasets.info("cats_vs_dogs").image_shape == (8, 9, 3)
+    shutil.rmtree(folder)
+    shards = [[(colour, 0), (colour[:5], 1)]]
+    write_tfrecord_set(fresh, "cats_vs_dogs", "4.0.1", shards, extra)
+    with pytest.raises(UserError, match=r"differ in size \(\(8, 9, 3\) and \(5, 9, 3\)\)"):
+        datasets.load("cats_vs_dogs", "train")
+    write_tfrecord_set(fresh, "mnist", "3.0.1", [[(grey(1), -1)]])
+    with pytest.raises(UserError, match="'train' of mnist has no labels"):
+        datasets.load("mnist", "train")
+
+
+def test_a_folder_without_a_data_set_is_named(fresh):
+    (fresh / "digits/1.0.0").mkdir(parents=True)
+    (fresh / "digits/1.0.0/digits-train.array_record-00000-of-00001").touch()
+    with pytest.raises(UserError, match="1.0.0 is not a prepared data set: delete"):
+        datasets.load("digits", "train")
+
+
+def test_a_set_that_another_process_prepares_meanwhile_is_used(fresh, capfd):
+    late = builders.create("digits", fresh)
+    expected = datasets.load("digits", "test")
+    capfd.readouterr()
+    found = builders.decode(builders.prepare("digits", late, None), "test")
+    np.testing.assert_array_equal(found[0], expected.images)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_split_is_decoded_once(fresh, monkeypatch):
+    write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
+    first = datasets.load("mnist", "train")
+    monkeypatch.setattr(builders, "decode", lambda *_: pytest.fail("decoded again"))
+    second = datasets.load("mnist", "train")
+    np.testing.assert_array_equal(first.images, second.images)
+    np.testing.assert_array_equal(first.labels, second.labels)
+    assert (second.images.dtype, second.labels.dtype) == (np.uint8, np.int32)
+    cached = {path.name for path in (fresh / "mnist_flax_cache/mnist-3.0.1").iterdir()}
+    assert cached == {"train.json", "train_images.npy", "train_labels.npy"}
+
+
+def test_the_cache_follows_a_data_set_that_is_prepared_again(fresh):
+    write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
+    assert datasets.load("mnist", "train[:2]").labels.tolist() == [1, 2]
+    write_tfrecord_set(fresh, "mnist", "3.0.1", [FIVE[0][::-1], FIVE[1]])
+    assert datasets.load("mnist", "train[:2]").labels.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("file", ["train.json", "train_images.npy", "train_labels.npy"])
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "removed"])
+def test_a_damaged_cache_is_made_again(fresh, file, damage):
+    write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
+    expected = datasets.load("mnist", "train")
+    path = fresh / "mnist_flax_cache/mnist-3.0.1" / file
+    if damage == "truncated":
+        os.truncate(path, path.stat().st_size - 1)
+    elif damage == "overwritten":
+        content = path.read_bytes()
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    else:
+        path.unlink()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again = datasets.load("mnist", "train")
+    # Without its record there is no cache, which is nothing to speak of.
+    assert ["damaged" in str(w.message) for w in said] == (
+        [] if (file, damage) == ("train.json", "removed") else [True]
+    )
+    np.testing.assert_array_equal(again.images, expected.images)
+    np.testing.assert_array_equal(again.labels, expected.labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        datasets.load("mnist", "train")
+
+
+def test_a_cache_that_cannot_be_written_costs_one_warning(fresh):
+    write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
+    (fresh / "mnist_flax_cache").touch()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            found = datasets.load("mnist", "train")
+    assert found.labels.tolist() == [1, 2, 3, 4, 5]
+    assert ["not kept" in str(warning.message) for warning in said] == [True]
