@@ -18,7 +18,7 @@ from mnist_flax.errors import UserError
 
 # Bytes of patches and outputs that one matrix product may touch. Measured on 4 MiB of L2 cache:
 # splitting costs more than it saves below the first figure, and 4 to 8 MiB is best beyond it.
-_UNSPLIT_BYTES = 32 * 2**20
+_UNSPLIT_BYTES = 64 * 2**20
 _BLOCK_BYTES = 6 * 2**20
 
 
