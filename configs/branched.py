@@ -1,6 +1,8 @@
-"""Two convolutional branches joined before three dense layers; 12 epochs with a tenth held out. The tutorial reports 99.25 % on the test set.
+"""Two convolutional branches joined before three dense layers; 12 epochs with a tenth held out.
 
-python -m mnist_flax.main --config=configs/branched.py
+    python -m mnist_flax.main --config=configs/branched.py
+
+The tutorial reports 99.25 % on the test set.
 """
 
 from mnist_flax.config import recipe

@@ -1,6 +1,8 @@
-"""Three convolutions and RMSprop; 5 epochs, nothing watched. The tutorial reports 99.18 % on the test set.
+"""Three convolutions and RMSprop; 5 epochs, nothing watched.
 
-python -m mnist_flax.main --config=configs/convnet_5_epochs.py
+    python -m mnist_flax.main --config=configs/convnet_5_epochs.py
+
+The tutorial reports 99.18 % on the test set.
 """
 
 from mnist_flax.config import recipe

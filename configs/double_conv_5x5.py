@@ -1,6 +1,8 @@
-"""Two 5×5 convolutions under dropout; 20 epochs, the first 5,000 examples left out. The tutorial prints no result of it.
+"""Two 5×5 convolutions under dropout; 20 epochs, the first 5,000 examples left out.
 
-python -m mnist_flax.main --config=configs/double_conv_5x5.py
+    python -m mnist_flax.main --config=configs/double_conv_5x5.py
+
+The tutorial prints no result of it.
 """
 
 from mnist_flax.config import recipe

@@ -101,7 +101,7 @@ def restore(
             state = manager.restore(candidate, args=args).state
             if record["crc32"] != _crc32(state):
                 raise ValueError("the checksum of its numbers is wrong")
-        except Exception as error:  # noqa: BLE001 - Orbax raises whatever the damage leads to
+        except Exception as error:
             reason = str(error).strip().splitlines()[0][:200]
             warnings.warn(
                 f"checkpoint {candidate} is damaged and passed over: {reason}", stacklevel=2

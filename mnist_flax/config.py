@@ -66,7 +66,10 @@ def recipe(name: str, dataset: str, **overrides: Any) -> ConfigDict:
     config = default()
     config.name = name if dataset == "mnist" else f"{name}-{dataset.replace('/', '-')}"
     config.data.name = dataset
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    flat = {key.replace("__", "."): value for key, value in overrides.items()}
+    for key in flat:
+        check_key(key)
+    config.update_from_flattened_dict(flat)
     if dataset == "digits":
         config.batch_size = min(config.batch_size, 32)
         config.epochs = max(config.epochs, 20)

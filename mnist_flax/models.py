@@ -72,7 +72,10 @@ class Branched(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         same_conv = partial(Conv, kernel_size=(3, 3), padding="SAME", dtype=self.dtype)
         trunk = nn.relu(same_conv(32, pool=True)(x))
-        branches = [same_conv(256)(nn.relu(same_conv(64, pool=True)(trunk))) for _ in range(2)]
+        branches = []
+        for _ in range(2):
+            x = nn.relu(same_conv(64, pool=True)(trunk))
+            branches.append(same_conv(256)(x))
         x = nn.relu(MaxPool()(Concatenate()(branches)))
         x = Flatten()(x)
         for features in (1000, 500):

@@ -16,9 +16,20 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mnist_flax import batches, checkpoint, datasets, environment, models, optim, report, rundir
+from mnist_flax import (
+    batches,
+    checkpoint,
+    datasets,
+    environment,
+    models,
+    optim,
+    report,
+    rundir,
+    scoring,
+    signals,
+    steps,
+)
 from mnist_flax import config as config_lib
-from mnist_flax import scoring, signals, steps
 from mnist_flax import state as state_lib
 from mnist_flax.datasets import Arrays
 from mnist_flax.errors import UserError
@@ -125,12 +136,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
         with signals.noted() as received:
             while position.epoch < config.epochs:
+                pieces = _train_pieces(config, data, programs, state, position)
                 with report.progress(position, config.epochs, len(data.train.labels)) as bar:
-                    for state in _train_pieces(config, data, programs, state, position):
-                        _refuse_divergence(config, state, position, manager.latest_step())
+                    for state in pieces:  # noqa: B007 - it is used after the loop
+                        if not math.isfinite(position.loss_sum):
+                            raise _diverged(config, "the loss", position, manager.latest_step())
                         report.advance(bar, position)
                         if received:
                             break
+                # The last update may have broken what the last loss does not show yet.
+                if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+                    raise _diverged(config, "a parameter", position, manager.latest_step())
                 watch_accuracy = None
                 if position.count == len(data.train.labels):
                     row = _score_epoch(programs, state, position)
@@ -301,17 +317,9 @@ def _score_epoch(programs: Programs, state: TrainState, position: Position) -> d
     }
 
 
-def _refuse_divergence(
-    config: ConfigDict, state: TrainState, position: Position, saved: int | None
-) -> None:
-    """Raises UserError unless loss and parameters are finite, before they can be saved."""
-    finite = math.isfinite(position.loss_sum)
-    finite &= all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
-    if finite:
-        return
+def _diverged(config: ConfigDict, what: str, position: Position, saved: int | None) -> UserError:
     kept = f"the checkpoint of step {saved:,} is kept" if saved else "there is no checkpoint yet"
-    raise UserError(
-        f"training diverged in epoch {position.epoch + 1}: the loss or a parameter is NaN or "
-        f"infinite ({kept}); try a lower learning_rate than {config.learning_rate:g} in a new "
-        "run folder"
+    return UserError(
+        f"training diverged in epoch {position.epoch + 1}: {what} became NaN or infinite ({kept}); "
+        f"try a lower learning_rate than {config.learning_rate:g} in a new run folder"
     )

@@ -89,7 +89,7 @@ class Trained:
             return images
         if not np.issubdtype(images.dtype, np.floating):
             raise UserError(f"images are {images.dtype}: give uint8, or float in [0, 1]")
-        if images.size and not (0 <= images.min() and images.max() <= 1):
+        if images.size and not (images.min() >= 0 and images.max() <= 1):
             raise UserError(
                 f"float images reach from {images.min():g} to {images.max():g}: scale them to "
                 "[0, 1], or give uint8"

@@ -23,19 +23,6 @@ from mnist_flax.errors import UserError
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """One data folder for all tests that only read digits or MNIST."""
-    return tmp_path_factory.mktemp("tfds")
-
-
-@pytest.fixture(autouse=True)
-def data_dir(monkeypatch, prepared) -> Path:
-    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
-    monkeypatch.delenv("MNIST_FLAX_MANUAL_DIR", raising=False)
-    return prepared
-
-
 @pytest.fixture
 def fresh(monkeypatch, tmp_path) -> Path:
     """An empty data folder of the test's own."""
@@ -43,14 +30,6 @@ def fresh(monkeypatch, tmp_path) -> Path:
     folder.mkdir()
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
     return folder
-
-
-@pytest.fixture(scope="module")
-def mnist_gz() -> Path:
-    folder = os.environ.get("MNIST_FLAX_TEST_MNIST")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("MNIST_FLAX_TEST_MNIST does not name a folder with the four .gz files of MNIST")
-    return Path(folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,30 @@
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+# Several devices, for `jax.pmap`; everything else must cope with their presence.
+jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """One data folder for all tests that only read what is prepared in it."""
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(autouse=True)
+def data_dir(monkeypatch, prepared) -> Path:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    monkeypatch.delenv("MNIST_FLAX_MANUAL_DIR", raising=False)
+    return prepared
+
+
+@pytest.fixture(scope="session")
+def mnist_gz() -> Path:
+    """The folder with the four official files of MNIST."""
+    folder = os.environ.get("MNIST_FLAX_TEST_MNIST")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("MNIST_FLAX_TEST_MNIST does not name a folder with the four .gz files of MNIST")
+    return Path(folder)

@@ -1,0 +1,45 @@
+"""Inputs drawn by NumPy: JAX would compile a program for each shape, in half a second each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mnist_flax import state
+
+
+def normal(seed, shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def uniform(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).random(shape), jnp.float32)
+
+
+def integers(seed, shape, stop, dtype=jnp.int32):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, stop, shape), dtype)
+
+
+def random_variables(model, image_shape=(28, 28, 1)):
+    """Kernels of unit gain and biases other than zero."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        fan_in = max(1, int(np.prod(leaf.shape[:-1])))
+        gain = np.sqrt(2 / fan_in) if len(leaf.shape) > 1 else 0.1
+        return jnp.asarray(gain * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    image = jnp.zeros((1, *image_shape))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    return jax.tree.map(draw, shapes)
+
+
+def random_state(model, tx, image_shape=(28, 28, 1)):
+    """A state with `random_variables`, at step 0."""
+    variables = random_variables(model, image_shape)
+    return state.TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=variables["params"],
+        opt_state=tx.init(variables["params"]),
+        batch_stats=variables.get("batch_stats", {}),
+        key=jnp.array([1, 2], jnp.uint32),
+    )

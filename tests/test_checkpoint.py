@@ -1,0 +1,131 @@
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mnist_flax import checkpoint, models, optim
+from mnist_flax.errors import UserError
+from tests.helpers import random_state
+
+
+@pytest.fixture(scope="module")
+def start():
+    tx = optim.create("adam", optax.constant_schedule(1e-3))
+    return random_state(models.create("larger"), tx)
+
+
+def at(state, step):
+    """A state that shows its step in every number."""
+    params = jax.tree.map(lambda a: jnp.full_like(a, step), state.params)
+    # A copy throughout, as one test donates it.
+    return jax.tree.map(jnp.copy, state.replace(step=jnp.asarray(step, jnp.int32), params=params))
+
+
+def saved(folder, start, accuracies):
+    with checkpoint.open_manager(folder) as manager:
+        for step, accuracy in enumerate(accuracies, start=1):
+            checkpoint.save(manager, at(start, step), {"note": step}, accuracy)
+    return folder
+
+
+def restore(folder, start, step=None):
+    with checkpoint.open_manager(folder, read_only=True) as manager:
+        return checkpoint.restore(manager, lambda record: start, step)
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_state_and_record_come_back(tmp_path, start):
+    folder = saved(tmp_path / "c", start, [None])
+    state, record = restore(folder, start)
+    assert record == {"note": 1}
+    assert type(state) is type(start)
+    assert_equal(state, at(start, 1))
+    # An abstract state will do, as where a run is loaded to predict.
+    state, _ = restore(folder, jax.eval_shape(lambda: start))
+    assert_equal(state, at(start, 1))
+
+
+def test_an_empty_folder_has_nothing_to_restore(tmp_path, start):
+    with checkpoint.open_manager(tmp_path / "c") as manager:
+        assert checkpoint.restore(manager, lambda record: start) is None
+
+
+def test_the_two_latest_and_the_best_are_kept(tmp_path, start):
+    folder = saved(tmp_path / "c", start, [0.5, 0.9, 0.8, 0.7, 0.6])
+    assert steps_in(folder) == [2, 4, 5]
+    assert_equal(restore(folder, start)[0], at(start, 5))
+    assert_equal(restore(folder, start, step=2)[0], at(start, 2))
+    with pytest.raises(UserError, match=r"no checkpoint of step 3: it has \[5, 4, 2\]"):
+        restore(folder, start, step=3)
+
+
+def test_without_a_metric_the_two_latest_are_kept(tmp_path, start):
+    assert steps_in(saved(tmp_path / "c", start, [None] * 4)) == [3, 4]
+
+
+def test_a_state_may_be_donated_while_it_is_saved(tmp_path, start):
+    state = at(start, 1).replace(opt_state=jnp.arange(4_000_000.0))
+    expected = jax.tree.map(np.array, state)
+    advance = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
+    with checkpoint.open_manager(tmp_path / "c") as manager:
+        checkpoint.save(manager, state, {})
+        for _ in range(10):
+            state = advance(state)
+    assert_equal(restore(tmp_path / "c", expected)[0], expected)
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_a_byte(folder):
+    path = largest_file(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda folder: os.truncate(largest_file(folder), 1000),
+    "flipped byte": flip_a_byte,
+    "no manifest": lambda folder: (folder / "state/manifest.ocdbt").unlink(),
+    "no state": lambda folder: shutil.rmtree(folder / "state"),
+    "truncated record": lambda folder: os.truncate(folder / "record/metadata", 3),
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, start, damage):
+    folder = saved(tmp_path / "c", start, [None, None])
+    DAMAGES[damage](folder / "2")
+    with pytest.warns(UserWarning, match="checkpoint 2 is damaged and passed over"):
+        state, record = restore(folder, start)
+    assert_equal(state, at(start, 1))
+    assert record == {"note": 1}
+    # The run that goes on from there replaces it.
+    with checkpoint.open_manager(folder) as manager:
+        checkpoint.save(manager, at(start, 2), {"note": 2})
+    assert_equal(restore(folder, start)[0], at(start, 2))
+
+
+def test_where_none_is_sound_the_error_says_which_there_are(tmp_path, start):
+    folder = saved(tmp_path / "c", start, [None, None])
+    for step in ("1", "2"):
+        flip_a_byte(folder / step)
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(UserError, match=r"no checkpoint in .* can be read \(steps \[2, 1\]\)"),
+    ):
+        restore(folder, start)

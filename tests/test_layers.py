@@ -1,0 +1,144 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from mnist_flax import layers
+from mnist_flax.errors import UserError
+from tests.helpers import normal
+
+
+def reference_conv(x, kernel, padding):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def assert_same_conv(x, kernel, padding, tolerance):
+    def with_gradients(conv):
+        @jax.jit
+        def run(x, kernel):
+            y, pullback = jax.vjp(lambda x, k: conv(x, k, padding), x, kernel)
+            return y, *pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
+
+        return run(x, kernel)
+
+    pairs = zip(with_gradients(layers.conv), with_gradients(reference_conv), strict=True)
+    for actual, expected in pairs:
+        assert actual.dtype == expected.dtype
+        actual, expected = actual.astype(jnp.float32), expected.astype(jnp.float32)
+        np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 5), (4, 2)])
+@pytest.mark.parametrize("channels", [3, 32])
+@pytest.mark.parametrize("split", [False, True])
+def test_conv_is_xlas_convolution(monkeypatch, padding, kernel_size, channels, split):
+    if split:
+        monkeypatch.setattr(layers, "_UNSPLIT_BYTES", 0)
+        monkeypatch.setattr(layers, "_BLOCK_BYTES", 200_000)
+    x = normal(0, (6, 9, 12, channels))
+    kernel = normal(1, (*kernel_size, channels, 7))
+    assert_same_conv(x, kernel, padding, 4e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 40])
+def test_conv_in_bfloat16_sums_in_float32(channels):
+    x = normal(0, (4, 8, 8, channels), jnp.bfloat16)
+    kernel = normal(1, (3, 3, channels, 8), jnp.bfloat16)
+    assert_same_conv(x, kernel, "VALID", 2e-2)
+    # Summed in bfloat16, 4,096 products of 1 would stop growing at 256.
+    ones = jnp.ones((1, 8, 8, 64), jnp.bfloat16)
+    y = layers.conv(ones, jnp.ones((8, 8, 64, 1), jnp.bfloat16), "VALID")
+    assert y.item() == 4096
+
+
+@pytest.mark.parametrize("batch", [1, 7, 12])
+def test_blocks_divide_the_batch(monkeypatch, batch):
+    monkeypatch.setattr(layers, "_UNSPLIT_BYTES", 0)
+    x, kernel = normal(0, (batch, 6, 6, 16)), normal(1, (3, 3, 16, 8))
+    bytes_per_image = 6 * 6 * (3 * 16 + 8) * 4
+    monkeypatch.setattr(layers, "_BLOCK_BYTES", 5 * bytes_per_image)
+    assert_same_conv(x, kernel, "VALID", 4e-6)
+    blocks = layers._plan(x, kernel)[2](x)
+    assert blocks.shape[1] == {1: 1, 7: 1, 12: 4}[batch]
+
+
+def test_conv_is_lowered_for_each_platform():
+    def lowered(platform):
+        traced = jax.jit(lambda x, k: layers.conv(x, k, "VALID")).trace(
+            normal(0, (2, 8, 8, 3)), normal(1, (3, 3, 3, 4))
+        )
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "stablehlo.convolution" in lowered("cuda")
+    assert "stablehlo.convolution" in lowered("tpu")
+    assert "stablehlo.convolution" not in lowered("cpu")
+    assert "stablehlo.dot_general" in lowered("cpu")
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8, 5), (2, 7, 9, 1), (1, 2, 2, 3), (2, 5, 4, 2)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("ties", [False, True])
+def test_max_pool_is_linens(shape, dtype, ties):
+    x = normal(0, shape, dtype)
+    if ties:
+        x = jnp.round(nn.relu(x))
+    g = normal(1, (shape[0], shape[1] // 2, shape[2] // 2, shape[3]), dtype)
+
+    def with_gradient(pool):
+        @jax.jit
+        def run(x, g):
+            y, pullback = jax.vjp(pool, x)
+            return y, pullback(g)[0]
+
+        return run(x, g)
+
+    y, dx = with_gradient(layers.max_pool)
+    expected, expected_dx = with_gradient(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(dx, expected_dx)
+
+
+def test_max_pool_keeps_nan():
+    x = jnp.ones((1, 2, 2, 1)).at[0, 1, 0, 0].set(jnp.nan)
+    assert jnp.isnan(layers.max_pool(x)).all()
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+def test_conv_module_has_linens_parameters_and_results(pool, padding):
+    x = normal(0, (3, 11, 10, 4))
+    ours = layers.Conv(6, (3, 3), padding=padding, pool=pool)
+    linens = nn.Conv(6, (3, 3), padding=padding)
+    shapes, linens_shapes = (
+        jax.eval_shape(module.init, jax.random.key(0), x)["params"] for module in (ours, linens)
+    )
+    assert shapes == linens_shapes
+    params = {"kernel": normal(1, (3, 3, 4, 6)), "bias": normal(2, (6,))}
+
+    def reference(params, x):
+        y = linens.apply({"params": params}, x)
+        return nn.max_pool(y, (2, 2), (2, 2)) if pool else y
+
+    def with_gradients(network):
+        @jax.jit
+        def run(params, x):
+            y, pullback = jax.vjp(network, params, x)
+            return y, pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape))
+
+        return run(params, x)
+
+    actual = with_gradients(lambda params, x: ours.apply({"params": params}, x))
+    expected = with_gradients(reference)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), actual, expected)
+
+
+def test_images_too_small_are_refused():
+    with pytest.raises(UserError, match="4×9 pixels reach a 5×5 convolution"):
+        layers.conv(normal(0, (1, 4, 9, 1)), normal(1, (5, 5, 1, 2)), "VALID")
+    with pytest.raises(UserError, match="1×3 pixels reach a 2×2 max-pool"):
+        layers.max_pool(normal(0, (1, 1, 3, 1)))

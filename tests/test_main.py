@@ -1,0 +1,189 @@
+"""The command line, mostly in processes of its own, as a user meets it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from mnist_flax import main
+from mnist_flax.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+LARGER = "--config=configs/larger.py:digits"
+
+
+def command(*args, module="main"):
+    return [sys.executable, "-m", f"mnist_flax.{module}", *map(str, args)]
+
+
+def run(*args, **kwargs):
+    return subprocess.run(
+        command(*args, **kwargs), cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+
+
+def parse(monkeypatch, *args):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("sys.argv", ["main", *args])
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS["config"].unparse()
+    return main.parse(sys.argv)
+
+
+def test_overrides_reach_the_configuration(monkeypatch):
+    config = parse(
+        monkeypatch, LARGER, "--config.batch_size=7", "--config.data.train_split=train[5:]"
+    )
+    assert (config.name, config.batch_size) == ("larger-digits", 7)
+    assert config.data.train_split == "train[5:]"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config.bach_size=3"], "no configuration key 'bach_size'; did you mean 'batch_size'"),
+        (["--config.data=3"], "no configuration key 'data'; did you mean 'data.name'"),
+        (["--config.batch_size=many"], "batch_size='many' must be a whole number"),
+        (["--config.batch_size=1.5"], "batch_size='1.5' must be a whole number"),
+        (["--config.learning_rate=fast"], "learning_rate='fast' must be a number"),
+        (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
+        (["stray"], "'stray' is no flag"),
+    ],
+)
+def test_a_bad_flag_is_one_sentence(monkeypatch, args, message):
+    with pytest.raises(UserError) as error:
+        parse(monkeypatch, LARGER, *args)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("--config=configs/lager.py", "there is no recipe file configs/lager.py"),
+        ("--config=README.md", "the recipe file cannot be used"),
+        ("--config=mnist_flax/errors.py", "the recipe file cannot be used"),
+        ("--workdir=x", "name a recipe, such as --config=configs/larger.py"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_one_sentence(monkeypatch, arg, message):
+    with pytest.raises(UserError) as error:
+        parse(monkeypatch, arg)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_help_names_every_key():
+    done = run("--help")
+    assert done.returncode == 0
+    assert "  data.train_split=train\n" in done.stdout
+
+
+def test_train_evaluate_and_train_again(data_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    args = (LARGER, "--config.epochs=1", f"--workdir={run_dir}")
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    # Piped, there is no bar: plain lines alone.
+    assert "\r" not in done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "network     larger, 59,933 parameters"
+    assert lines[1] == "data        digits, 1,500 to train on (train), 297 to test on (test)"
+    assert lines[4] == f"run folder  {run_dir}"
+    assert re.fullmatch(
+        r"epoch 1/1  loss \d\.\d{4}  accuracy \d+\.\d\d%  \|  test: loss \d\.\d{4}  "
+        r"accuracy \d+\.\d\d%  \|  [\d,]+ images/s  \d+\.\d s",
+        lines[5],
+    )
+    assert re.fullmatch(r"Test accuracy: \d+\.\d\d% \(\d+ of 297 right\)", lines[7])
+    assert re.fullmatch(r"Error: \d+\.\d\d%", lines[8])
+
+    scored = run(run_dir, module="evaluate")
+    assert scored.returncode == 0, scored.stderr
+    assert scored.stdout.splitlines()[1:] == lines[6:9]
+
+    again = run(*args)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[0] == (
+        f"The run in {run_dir} is finished; nothing is left to do. Its result:"
+    )
+
+    other = run(*args, "--config.seed=8")
+    assert other.returncode == 2
+    assert "seed is 7 there and 8 now" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--config.batch_size=0",), "batch_size=0 must be at least 1"),
+        (("--config.model=lager",), "did you mean 'larger'"),
+        (("--config.data.train_split=train[200%:]",), "train[200%:]"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_sentence(tmp_path, args, message):
+    done = run(LARGER, *args, f"--workdir={tmp_path}/run")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_network_and_no_mnist_names_three_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
+    # A proxy that refuses at once stands for a missing network, wherever this runs.
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    done = run("--config=configs/larger.py", f"--workdir={tmp_path}/run")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: mnist is not prepared here and could not be downloaded")
+    for way in (":digits", "--config.data.manual_dir", "MNIST_FLAX_MANUAL_DIR", "TFDS_DATA_DIR"):
+        assert way in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_run_and_says_how_to_go_on(data_dir, tmp_path, signum):
+    run_dir = tmp_path / "run"
+    args = (LARGER, "--config.epochs=500", f"--workdir={run_dir}")
+    process = subprocess.Popen(
+        command(*args), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch   2"):
+            process.send_signal(signum)
+            break
+    _, stderr = process.communicate()
+    assert process.returncode == 128 + signum
+    name = signal.Signals(signum).name
+    assert stderr.splitlines()[0] == f"stopped by {name} and saved; go on with"
+    resume = stderr.splitlines()[1].split()
+    assert resume[:3] == ["python", "-m", "mnist_flax.main"]
+    assert set(resume[3:]) == set(args)
+    steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir())
+    assert steps[-1] >= 2 * 47
+
+
+def test_evaluate_of_no_run_exits_with_2(tmp_path):
+    done = run(tmp_path, module="evaluate")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {tmp_path} is not a run folder (there is no config.json in it): "
+        "give the folder that a training run printed\n"
+    )
+
+
+def test_networks_alone_are_imported_without_training():
+    code = (
+        "import sys; from mnist_flax import models; models.create('larger'); "
+        "assert not {'orbax', 'tensorflow_datasets', 'ml_collections'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ, cwd=REPOSITORY)

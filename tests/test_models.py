@@ -1,0 +1,250 @@
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mnist_flax import models, summary
+from mnist_flax.errors import UserError
+from mnist_flax.state import count_parameters
+from tests.helpers import random_variables, uniform
+
+PARAMETERS = {
+    "branched": 5_447_246,
+    "convnet": 93_322,
+    "double_conv_3x3": 1_199_882,
+    "double_conv_5x5": 872_714,
+    "single_conv_5x5": 592_074,
+    "baseline": 592_074,
+    "larger": 59_933,
+}
+
+# What the tutorials print, or would: the output shape of each layer and its parameters.
+LAYERS = {
+    "branched": [
+        ((28, 28, 32), 320),
+        ((14, 14, 32), 0),
+        ((14, 14, 64), 18_496),
+        ((7, 7, 64), 0),
+        ((7, 7, 256), 147_712),
+        ((14, 14, 64), 18_496),
+        ((7, 7, 64), 0),
+        ((7, 7, 256), 147_712),
+        ((7, 7, 512), 0),
+        ((3, 3, 512), 0),
+        ((4608,), 0),
+        ((1000,), 4_609_000),
+        ((500,), 500_500),
+        ((10,), 5_010),
+    ],
+    "convnet": [
+        ((26, 26, 32), 320),
+        ((13, 13, 32), 0),
+        ((11, 11, 64), 18_496),
+        ((5, 5, 64), 0),
+        ((3, 3, 64), 36_928),
+        ((576,), 0),
+        ((64,), 36_928),
+        ((10,), 650),
+    ],
+    "double_conv_3x3": [
+        ((26, 26, 32), 320),
+        ((24, 24, 64), 18_496),
+        ((12, 12, 64), 0),
+        ((12, 12, 64), 0),
+        ((9216,), 0),
+        ((128,), 1_179_776),
+        ((128,), 0),
+        ((10,), 1_290),
+    ],
+    "double_conv_5x5": [
+        ((24, 24, 32), 832),
+        ((20, 20, 64), 51_264),
+        ((10, 10, 64), 0),
+        ((10, 10, 64), 0),
+        ((6400,), 0),
+        ((128,), 819_328),
+        ((128,), 0),
+        ((10,), 1_290),
+    ],
+    "single_conv_5x5": [
+        ((24, 24, 32), 832),
+        ((12, 12, 32), 0),
+        ((12, 12, 32), 0),
+        ((4608,), 0),
+        ((128,), 589_952),
+        ((128,), 0),
+        ((10,), 1_290),
+    ],
+    "baseline": [
+        ((24, 24, 32), 832),
+        ((12, 12, 32), 0),
+        ((12, 12, 32), 0),
+        ((4608,), 0),
+        ((128,), 589_952),
+        ((10,), 1_290),
+    ],
+    "larger": [
+        ((24, 24, 30), 780),
+        ((12, 12, 30), 0),
+        ((10, 10, 15), 4_065),
+        ((5, 5, 15), 0),
+        ((5, 5, 15), 0),
+        ((375,), 0),
+        ((128,), 48_128),
+        ((50,), 6_450),
+        ((10,), 510),
+    ],
+}
+# Rates after the convolutions and after the hidden dense layers.
+DROPOUT = {
+    "convnet": (0, 0),
+    "double_conv_3x3": (0.25, 0.5),
+    "double_conv_5x5": (0.25, 0.5),
+    "single_conv_5x5": (0.25, 0.5),
+    "baseline": (0.2, 0),
+    "larger": (0.2, 0),
+}
+
+
+def reference_logits(name, params, x):
+    """The tutorial's network by plain Linen layers, in Keras's order: conv, bias, ReLU, pool."""
+
+    def conv(x, index, padding="VALID"):
+        layer = params[f"Conv_{index}"]
+        kernel = layer["kernel"]
+        module = nn.Conv(kernel.shape[-1], kernel.shape[:2], padding=padding)
+        return nn.relu(module.apply({"params": layer}, x))
+
+    def pool(x):
+        return nn.max_pool(x, (2, 2), (2, 2))
+
+    match name:
+        case "branched":
+            x = pool(conv(x, 0, "SAME"))
+            left = conv(pool(conv(x, 1, "SAME")), 2, "SAME")
+            right = conv(pool(conv(x, 3, "SAME")), 4, "SAME")
+            x = pool(jnp.concatenate([left, right], -1))
+        case "convnet":
+            x = conv(pool(conv(pool(conv(x, 0)), 1)), 2)
+        case "double_conv_3x3" | "double_conv_5x5":
+            x = pool(conv(conv(x, 0), 1))
+        case "single_conv_5x5" | "baseline":
+            x = pool(conv(x, 0))
+        case "larger":
+            x = pool(conv(pool(conv(x, 0)), 1))
+    x = x.reshape(len(x), -1)
+    dense = [params[f"Dense_{i}"] for i in range(sum(key.startswith("Dense") for key in params))]
+    for layer in dense[:-1]:
+        x = nn.relu(x @ layer["kernel"] + layer["bias"][None])
+    return x @ dense[-1]["kernel"] + dense[-1]["bias"][None]
+
+
+def test_names():
+    assert models.names() == list(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_layers_are_the_tutorials(name):
+    rows = summary.rows(models.create(name))
+    assert [(row.shape, row.parameters) for row in rows] == LAYERS[name]
+    params = jax.eval_shape(models.create(name).init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))[
+        "params"
+    ]
+    assert count_parameters(params) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_logits_are_those_of_plain_linen_layers(name):
+    model = models.create(name)
+    params = random_variables(model)["params"]
+    images = uniform(2, (5, 28, 28, 1))
+    logits = jax.jit(model.apply)({"params": params}, images)
+    assert logits.dtype == jnp.float32 and logits.shape == (5, 10)
+    expected = jax.jit(partial(reference_logits, name))(params, images)
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_weights_start_as_in_keras(name):
+    init = jax.jit(models.create(name).init)
+    params = init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    for layer in params.values():
+        assert not layer["bias"].any()
+        kernel = layer["kernel"]
+        receptive = np.prod(kernel.shape[:-2], dtype=int)
+        limit = np.sqrt(6 / (receptive * (kernel.shape[-2] + kernel.shape[-1])))
+        assert np.abs(kernel).max() <= limit
+        # A uniform distribution's deviation is its limit over the root of 3.
+        tolerance = 3 / np.sqrt(kernel.size)
+        assert kernel.std() == pytest.approx(limit / np.sqrt(3), rel=tolerance)
+        assert abs(kernel.mean()) < tolerance * limit
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout_rates(name):
+    model = models.create(name)
+    assert (model.conv_dropout, model.dense_dropout) == DROPOUT[name]
+
+
+def test_dropout_acts_in_training_alone():
+    name = "single_conv_5x5"
+    model = models.create(name)
+    params = random_variables(model)["params"]
+    images = uniform(2, (4, 28, 28, 1))
+
+    @partial(jax.jit, static_argnums=0)
+    def logits(train, seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply({"params": params}, images, train=train, rngs=rngs)
+
+    assert (logits(True, 0) != logits(True, 1)).any()
+    np.testing.assert_array_equal(logits(False, 0), logits(False, 1))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(("shape", "classes"), [((32, 32, 3), 100), ((23, 40, 1), 2)])
+def test_other_images_and_classes(name, shape, classes):
+    model = models.create(name, num_classes=classes)
+    out, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((2, *shape)))
+    assert out.shape == (2, classes)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_images_too_small_are_refused(name):
+    model = models.create(name)
+    with pytest.raises(UserError, match="images are too small for this network"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 5, 5, 1)))
+
+
+def test_bfloat16_keeps_parameters_and_logits_in_float32():
+    model = models.create("larger", dtype=jnp.bfloat16)
+    params = random_variables(model)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    images = uniform(2, (5, 28, 28, 1))
+    logits = jax.jit(model.apply)({"params": params}, images)
+    assert logits.dtype == jnp.float32
+    exact = jax.jit(models.create("larger").apply)({"params": params}, images)
+    assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_an_unknown_network_is_refused():
+    with pytest.raises(UserError, match="no network 'lager'; did you mean 'larger'"):
+        models.create("lager")
+
+
+def test_summary_table(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["summary", "larger"])
+    summary.main()
+    out = capsys.readouterr().out
+    assert "Conv_1 (Conv)               (None, 10, 10, 15)       4,065\n" in out
+    assert "Total parameters: 59,933 (0.23 MiB in float32)" in out
+
+
+@pytest.mark.parametrize("shape", ["28,28", "a,b,c", "0,28,1"])
+def test_summary_refuses_a_bad_shape(monkeypatch, shape):
+    monkeypatch.setattr("sys.argv", ["summary", "larger", f"--image-shape={shape}"])
+    with pytest.raises(UserError, match="--image-shape"):
+        summary.main()

@@ -1,0 +1,88 @@
+import json
+import os
+
+import pytest
+
+from mnist_flax import config as config_lib
+from mnist_flax import rundir
+from mnist_flax.errors import UserError
+
+
+def test_a_new_and_an_empty_folder_will_do(tmp_path):
+    rundir.check(tmp_path / "a/b", config_lib.default())
+    rundir.check(tmp_path, config_lib.default())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="run is a file"):
+        rundir.check(tmp_path / "run", config_lib.default())
+    with pytest.raises(UserError, match="is not a writable folder"):
+        rundir.check(tmp_path / "run/inside", config_lib.default())
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    # Not chmod, as root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="is not a writable folder: name another with --workdir"):
+        rundir.check(tmp_path / "run", config_lib.default())
+
+
+def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="holds something other than a run"):
+        rundir.check(tmp_path, config_lib.default())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_of_another_configuration_is_refused_with_the_differing_keys(tmp_path):
+    config = config_lib.default()
+    rundir.create(tmp_path, config)
+    rundir.check(tmp_path, config)
+    config.batch_size = 32
+    config.data.train_split = "train[5000:]"
+    with pytest.raises(UserError) as error:
+        rundir.check(tmp_path, config)
+    message = str(error.value)
+    assert "batch_size is 200 there and 32 now" in message
+    assert "data.train_split is 'train' there and 'train[5000:]' now" in message
+    assert "epochs" not in message
+
+
+def test_where_the_data_lies_may_change(tmp_path):
+    config = config_lib.default()
+    rundir.create(tmp_path, config)
+    config.data.manual_dir = "elsewhere"
+    rundir.check(tmp_path, config)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"bach_size": 3}', '{"batch_size": "many"}'])
+def test_a_damaged_configuration_is_said(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json is damaged or of another version"):
+        rundir.read_config(tmp_path)
+
+
+def test_what_is_no_run_is_said(tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        rundir.read_config(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not a run folder"):
+        rundir.read_config(tmp_path)
+
+
+def test_metrics_go_on_where_a_resumed_run_does(tmp_path):
+    rundir.start_metrics(tmp_path, 0)
+    for step in (6, 12, 18):
+        rundir.append_metrics(tmp_path, {"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    rundir.start_metrics(tmp_path, 12)
+    assert rundir.read_metrics(tmp_path) == [{"step": 6}, {"step": 12}]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    rundir.write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        rundir.write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}

@@ -1,0 +1,207 @@
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mnist_flax import batches, models, optim, state, steps
+from tests.helpers import integers, random_state, uniform
+
+
+class Constant(nn.Module):
+    """Ignores its input: the same logits for every image."""
+
+    logits: tuple[float, ...]
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        bias = self.param("bias", lambda key: jnp.array(self.logits))
+        return jnp.broadcast_to(bias, (len(x), len(self.logits)))
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x.mean((1, 2)))
+        return nn.Dense(3)(x)
+
+
+class Dropping(nn.Module):
+    """Its loss shows which of 1,000 inputs dropout let through."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        self.param("unused", nn.initializers.zeros_init(), (1,))
+        kept = nn.Dropout(0.5, deterministic=not train)(jnp.ones((len(x), 1000)))
+        weights = jnp.sin(jnp.arange(1000.0))
+        return jnp.stack([kept @ weights, jnp.zeros(len(x))], -1)
+
+
+def random_batch(size, shape=(28, 28, 1), classes=10):
+    return steps.Batch(uniform(0, (size, *shape)), integers(1, size, classes), jnp.ones(size))
+
+
+def setting(model, shape=(28, 28, 1), optimizer="adam"):
+    tx = optim.create(optimizer, optax.constant_schedule(1e-3))
+    return random_state(model, tx, shape), partial(steps.train_step, model=model, tx=tx)
+
+
+def assert_equal(a, b, **tolerance):
+    compare = partial(np.testing.assert_allclose, **tolerance) if tolerance else None
+    jax.tree.map(compare or np.testing.assert_array_equal, a, b)
+
+
+def test_scores_of_constant_logits_are_exact():
+    logits = (0.5, 2.0, -1.0)
+    model = Constant(logits)
+    labels = jnp.array([1, 0, 2, 1, 0, 0, 0, 1])
+    mask = jnp.array([1, 1, 1, 1, 1, 0, 0, 0.0])
+    batch = steps.Batch(jnp.zeros((8, 4, 4, 1)), labels, mask)
+    variables = {"params": {"bias": jnp.array(logits)}}
+    metrics = steps.eval_step(variables, batch, model=model)
+    assert int(metrics.correct) == 2 and int(metrics.count) == 5
+    log_sum = np.log(np.exp(logits).sum())
+    expected = sum(log_sum - logits[label] for label in (1, 0, 2, 1, 0))
+    assert float(metrics.loss_sum) == pytest.approx(expected, rel=1e-6)
+
+
+def test_padding_never_counts_even_when_its_loss_is_infinite():
+    batch = steps.Batch(jnp.zeros((2, 1, 1, 1)), jnp.array([0, 1]), jnp.array([1.0, 0.0]))
+    metrics = steps.measure(jnp.array([[0.0, 0.0], [0.0, -jnp.inf]]), batch)
+    assert float(metrics.loss_sum) == pytest.approx(np.log(2))
+    assert (int(metrics.correct), int(metrics.count)) == (1, 1)
+
+
+def test_gather_scales_and_masks():
+    images = jnp.arange(3 * 4, dtype=jnp.uint8).reshape(3, 2, 2, 1) * 20
+    batch = steps.gather(images, jnp.array([7, 8, 9]), jnp.array([2, -1]))
+    np.testing.assert_array_equal(batch.images[0], images[2] / np.float32(255))
+    assert batch.images.dtype == jnp.float32
+    assert batch.labels[0] == 9
+    np.testing.assert_array_equal(batch.mask, [1, 0])
+
+
+@pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
+def test_a_padded_batch_trains_as_a_short_one(optimizer):
+    start, train_step = setting(models.create("convnet"), optimizer=optimizer)
+    train_step = jax.jit(train_step)
+    short = random_batch(5)
+    padded = jax.tree.map(lambda a: jnp.concatenate([a, a[:3]]), short)
+    padded = padded.replace(mask=padded.mask.at[5:].set(0))
+    (after_short, short_metrics), (after_padded, padded_metrics) = (
+        train_step(start, batch) for batch in (short, padded)
+    )
+    assert_equal(short_metrics, padded_metrics, rtol=1e-6)
+    # The gradients, to which the optimisers' first moments or squares are proportional.
+    assert_equal(after_short.opt_state, after_padded.opt_state, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_mean_loss():
+    sgd = optax.sgd(1.0)
+    start = random_state(Constant((0.0, 1.0)), sgd, (1, 1, 1))
+    start = start.replace(params={"bias": jnp.array([0.0, 1.0])})
+    batch = steps.Batch(jnp.zeros((4, 1, 1, 1)), jnp.array([0, 0, 0, 1]), jnp.ones(4))
+    after, _ = steps.train_step(start, batch, model=Constant((0.0, 1.0)), tx=sgd)
+    p = 1 / (1 + np.e)
+    np.testing.assert_allclose(after.params["bias"], [0 - (p - 0.75), 1 + (p - 0.75)], rtol=1e-6)
+    assert int(after.step) == 1
+    np.testing.assert_array_equal(after.key, start.key)
+
+
+def test_dropout_changes_with_the_step_and_the_device_and_with_nothing_else():
+    model = Dropping()
+    start, train_step = setting(model, (1, 1, 1))
+    batch = random_batch(4, (1, 1, 1), 2)
+    train_step = jax.jit(train_step)
+    again = [float(train_step(start, batch)[1].loss_sum) for _ in range(2)]
+    assert again[0] == again[1]
+    later = train_step(start.replace(step=start.step + 1), batch)[1]
+    assert float(later.loss_sum) != again[0]
+
+    # On each of two devices, and so in their sum, other masks than on one.
+    tx = optim.create("adam", optax.constant_schedule(1e-3))
+    parallel = partial(steps.train_step, model=model, tx=tx, axis_name="devices")
+    twice = jax.tree.map(lambda a: jnp.stack([a, a]), (start, batch))
+    both = jax.pmap(parallel, axis_name="devices")(*twice)[1]
+    assert float(both.loss_sum[0]) != pytest.approx(2 * again[0], rel=1e-6)
+
+
+def test_pmap_gives_the_single_devices_result():
+    devices = 4
+    model = models.create("convnet")
+    start, train_step = setting(model)
+    batch = random_batch(12)
+    # Uneven masks: the mean must be over the examples of all devices.
+    batch = batch.replace(mask=batch.mask.at[9:].set(0))
+    single, metrics = jax.jit(train_step)(start, batch)
+
+    split = jax.tree.map(lambda a: a.reshape(devices, -1, *a.shape[1:]), batch)
+    copies = jax.tree.map(lambda a: jnp.stack([a] * devices), start)
+    parallel = jax.pmap(partial(train_step, axis_name="devices"), axis_name="devices")
+    many, many_metrics = parallel(copies, split)
+    for device in range(devices):
+        on_device = jax.tree.map(lambda a: a[device], (many, many_metrics))  # noqa: B023
+        assert_equal(on_device[0].opt_state, single.opt_state, atol=1e-6)
+        assert_equal(on_device[1], metrics, rtol=1e-6)
+    jax.tree.map(lambda a: np.testing.assert_array_equal(a[0], a[-1]), many)
+
+    score = jax.pmap(
+        partial(steps.eval_step, model=model, axis_name="devices"), axis_name="devices"
+    )
+    total = score(state.variables(many), split)
+    assert (total.count == 9).all()
+
+
+def epoch_setting():
+    model = models.create("larger")
+    start, train_step = setting(model)
+    tx = optim.create("adam", optax.constant_schedule(1e-3))
+    images = integers(1, (50, 28, 28, 1), 256, jnp.uint8)
+    labels = integers(2, 50, 10)
+    rows = jnp.asarray(batches.train_batches(0, 0, 50, 8))
+    epoch = jax.jit(partial(steps.train_epoch, model=model, tx=tx))
+    return start, train_step, epoch, (images, labels), rows
+
+
+def test_an_epoch_is_its_steps_one_after_the_other():
+    start, train_step, epoch, arrays, rows = epoch_setting()
+    after, metrics = epoch(start, *arrays, rows)
+    one, total = start, steps.Metrics.zero()
+    train_step = jax.jit(train_step)
+    for row in rows:
+        one, step_metrics = train_step(one, steps.gather(*arrays, row))
+        total = total + step_metrics
+    assert int(after.step) == 7 and int(metrics.count) == 50
+    assert_equal(metrics, total, rtol=1e-5)
+    assert_equal(after.params, one.params, atol=1e-4)
+
+
+def test_an_epoch_in_pieces_is_bitwise_the_same():
+    start, _, epoch, arrays, rows = epoch_setting()
+    whole, _ = epoch(start, *arrays, rows)
+    middle, _ = epoch(start, *arrays, rows[:3])
+    pieces, _ = epoch(middle, *arrays, rows[3:])
+    assert_equal(whole, pieces)
+
+
+def test_batch_statistics_are_carried():
+    model = Normalised()
+    start, train_step = setting(model, (4, 4, 3))
+    batch = random_batch(16, (4, 4, 3), 3)
+    after, _ = jax.jit(train_step)(start, batch)
+    mean = batch.images.mean((0, 1, 2))
+    before, now = (s.batch_stats["BatchNorm_0"]["mean"] for s in (start, after))
+    np.testing.assert_allclose(now, 0.9 * before + 0.1 * mean, rtol=1e-5)
+
+
+def test_state_is_determined_by_the_seed():
+    tx = optim.create("adam", optax.constant_schedule(1e-3))
+    create = partial(state.create, model=models.create("larger"), tx=tx, image_shape=(28, 28, 1))
+    create = jax.jit(create)
+    first, again, other = create(3), create(3), create(4)
+    assert_equal(first, again)
+    assert (first.params["Dense_0"]["kernel"] != other.params["Dense_0"]["kernel"]).any()
+    assert (first.key != other.key).any()

@@ -1,0 +1,273 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from mnist_flax import config as config_lib
+from mnist_flax import datasets, report, rundir, signals, train, trained
+from mnist_flax.errors import UserError
+
+
+def small_config(**overrides):
+    """Three epochs of six steps on 90 digits, the last step of an epoch being of 10."""
+    config = config_lib.recipe(
+        "small", "mnist", model="baseline", data__name="digits", batch_size=16, epochs=3
+    )
+    config.data.train_split = "train[:90]"
+    config.data.watch_split = "train[90:150]"
+    config.data.test_split = "test[:70]"
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, prepared):
+    """A run that was never stopped, and its summary."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(prepared))
+        summary = train.train_and_evaluate(small_config(), run_dir)
+    return run_dir, summary
+
+
+def metrics(run_dir):
+    timings = ("seconds", "images_per_second")
+    return [
+        {k: v for k, v in row.items() if k not in timings} for row in rundir.read_metrics(run_dir)
+    ]
+
+
+def assert_same_run(run_dir, other):
+    a, b = (trained.load(folder) for folder in (run_dir, other))
+    assert a.step == b.step
+    jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
+    assert metrics(run_dir) == metrics(other)
+
+
+def test_a_run_leaves_what_the_contract_says(whole_run):
+    run_dir, summary = whole_run
+    assert {p.name for p in run_dir.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+    }
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    facts = {
+        "config_name": "small",
+        "dataset": "digits",
+        "model": "baseline",
+        "parameters": 592_074,
+        "train_examples": 90,
+        "test_examples": 70,
+        "epochs": 3,
+        "seed": 0,
+    }
+    assert facts.items() <= summary.items()
+    assert set(summary) - set(facts) == {
+        "test_loss",
+        "test_accuracy",
+        "wall_seconds",
+        "compile_seconds",
+        "images_per_second",
+        "device",
+        "versions",
+    }
+    assert summary["wall_seconds"] > summary["compile_seconds"] > 0
+    assert summary["versions"]["jax"] == jax.__version__
+    assert json.loads((run_dir / "config.json").read_text()) == small_config().to_dict()
+    rows = rundir.read_metrics(run_dir)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 6), (2, 12), (3, 18)]
+    assert rows[2]["train_loss"] < rows[0]["train_loss"]
+    assert rows[2]["train_accuracy"] * 90 == pytest.approx(round(rows[2]["train_accuracy"] * 90))
+    assert rows[2]["watch_accuracy"] * 60 == pytest.approx(round(rows[2]["watch_accuracy"] * 60))
+
+
+def test_the_score_is_that_of_the_last_epochs_parameters(whole_run):
+    run_dir, summary = whole_run
+    run = trained.load(run_dir)
+    arrays = datasets.load("digits", "test[:70]")
+    probabilities = run.predict(arrays.images)
+    assert (probabilities.argmax(1) == arrays.labels).mean() == pytest.approx(
+        summary["test_accuracy"]
+    )
+    loss = -np.log(probabilities[np.arange(70), arrays.labels]).mean()
+    assert loss == pytest.approx(summary["test_loss"], rel=1e-4)
+
+
+def test_a_finished_run_says_so_and_does_nothing(whole_run, capsys, monkeypatch):
+    run_dir, summary = whole_run
+    monkeypatch.setattr(train, "load_data", None)
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
+    assert train.train_and_evaluate(small_config(), run_dir) == summary
+    assert "is finished" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_run_stopped_after_any_epoch_ends_bitwise_the_same(
+    whole_run, tmp_path, monkeypatch, epoch
+):
+    report_epoch = report.epoch
+
+    def stop(row, config):
+        report_epoch(row, config)
+        if row["epoch"] == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "epoch", stop)
+        with pytest.raises(signals.Stopped, match="SIGTERM"):
+            train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert trained.load(tmp_path / "run").step == 6 * epoch
+    assert not (tmp_path / "run/summary.json").exists()
+    summary = train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole_run[0])
+    assert summary["test_loss"] == whole_run[1]["test_loss"]
+
+
+def test_a_run_stopped_inside_an_epoch_ends_bitwise_the_same(tmp_path, monkeypatch):
+    # Pieces of two steps, so that there is an inside.
+    config = small_config(**{"checkpoint.every_steps": 2, "epochs": 2})
+    train.train_and_evaluate(config, tmp_path / "whole")
+
+    advance, calls = report.advance, []
+
+    def interrupt(bar, position):
+        advance(bar, position)
+        calls.append(position.count)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "advance", interrupt)
+        with pytest.raises(signals.Stopped, match="SIGINT"):
+            train.train_and_evaluate(config, tmp_path / "run")
+    assert calls == [32, 64, 90, 32]
+    assert trained.load(tmp_path / "run").step == 8
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(whole_run, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(row, config):
+        if row["epoch"] == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "epoch", kill)
+        with pytest.raises(Killed):
+            train.train_and_evaluate(small_config(), tmp_path / "run")
+    # The third epoch's row was written, its checkpoint was not.
+    assert len(metrics(tmp_path / "run")) == 3
+    assert trained.load(tmp_path / "run").step == 12
+    train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole_run[0])
+
+
+def test_best_and_latest_are_kept_where_the_watched_split_is_not_the_test_set(
+    tmp_path, monkeypatch
+):
+    score_epoch = train._score_epoch
+
+    def worsening(programs, state, position):
+        row = score_epoch(programs, state, position)
+        return row | {"watch_accuracy": 0.9 - position.epoch / 10}
+
+    monkeypatch.setattr(train, "_score_epoch", worsening)
+    config = small_config(epochs=4)
+    train.train_and_evaluate(config, tmp_path / "run")
+    kept = sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == [6, 18, 24]
+
+    config.data.watch_split = config.data.test_split
+    train.train_and_evaluate(config, tmp_path / "watching the test set")
+    kept = sorted(int(p.name) for p in (tmp_path / "watching the test set/checkpoints").iterdir())
+    assert kept == [18, 24]
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    compile_programs = train.compile_programs
+
+    def breaking(*args):
+        programs = compile_programs(*args)
+
+        def train_piece(state, rows):
+            state, metrics = programs.train(state, rows)
+            if int(state.step) > 6:
+                metrics = metrics.replace(loss_sum=metrics.loss_sum * np.inf)
+            return state, metrics
+
+        return programs._replace(train=train_piece)
+
+    monkeypatch.setattr(train, "compile_programs", breaking)
+    with pytest.raises(UserError, match=r"diverged in epoch 2.*checkpoint of step 6 is kept"):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert trained.load(tmp_path / "run").step == 6
+
+
+def test_a_learning_rate_too_high_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match=r"diverged in epoch 1.*lower learning_rate than 1e\+30"):
+        train.train_and_evaluate(small_config(learning_rate=1e30), tmp_path / "run")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        trained.load(tmp_path / "run")
+
+
+def test_a_damaged_newest_checkpoint_is_replaced_by_training_on(whole_run, tmp_path, monkeypatch):
+    def stop(row, config):
+        if row["epoch"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "epoch", stop)
+        with pytest.raises(signals.Stopped):
+            train.train_and_evaluate(small_config(), tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/12/state"
+    largest = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    os.truncate(largest, 100)
+    with pytest.warns(UserWarning, match="checkpoint 12 is damaged and passed over"):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole_run[0])
+
+
+def test_nothing_is_written_where_the_data_cannot_be_had(tmp_path, monkeypatch):
+    def offline(*args):
+        raise UserError("no network")
+
+    monkeypatch.setattr(datasets, "load", offline)
+    with pytest.raises(UserError, match="no network"):
+        train.train_and_evaluate(small_config(), tmp_path / "runs/run")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "length"),
+    [(47, 0, 47), (300, 0, 15), (938, 0, 67), (110, 0, 10), (6750, 0, 375), (1009, 0, 50)]
+    + [(300, 10, 10), (300, 7, 10), (47, 4, 4)],
+)
+def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
+    config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
+    assert train.piece_length(config, 10 * steps - 3) == length
+
+
+def test_training_imports_no_tensorflow(prepared, tmp_path):
+    # A decoy that would be found first, as another package may only try the import.
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow/__init__.py").write_text("raise SystemExit('TensorFlow was imported')")
+    code = (
+        "import sys; from tests.test_train import small_config; from mnist_flax import "
+        "train_and_evaluate, load; config = small_config(epochs=1); "
+        f"train_and_evaluate(config, r'{tmp_path}/run'); load(r'{tmp_path}/run').evaluate(); "
+        "assert 'tensorflow' not in sys.modules"
+    )
+    path = os.pathsep.join([str(tmp_path), os.getcwd()])
+    environment = os.environ | {"PYTHONPATH": path, "TFDS_DATA_DIR": str(prepared)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from mnist_flax import config as config_lib
+from mnist_flax import datasets, evaluate, predict, train, trained
+from mnist_flax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, prepared):
+    config = config_lib.recipe("small", "mnist", model="larger", data__name="digits", epochs=2)
+    config.batch_size = 25
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(prepared))
+        train.train_and_evaluate(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(run_dir):
+    return trained.load(run_dir)
+
+
+@pytest.fixture
+def images():
+    return datasets.load("digits", "test[:7]").images
+
+
+def test_probabilities_are_those_of_the_network(run, images):
+    probabilities = run.predict(images)
+    assert probabilities.shape == (7, 10) and probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    logits = np.asarray(run.model.apply(run.variables, images / np.float32(255)), np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_images_may_be_bytes_or_floats_with_or_without_channels(run, images):
+    expected = run.predict(images)
+    np.testing.assert_array_equal(run.predict(images[..., 0]), expected)
+    np.testing.assert_allclose(run.predict(images / 255), expected, atol=1e-6)
+
+
+def test_any_number_of_images_can_be_predicted(run, images, monkeypatch):
+    expected = run.predict(images)
+    monkeypatch.setattr(trained, "_BATCH_SIZE", 3)
+    np.testing.assert_allclose(run.predict(images), expected, atol=1e-6)
+    assert run.predict(images[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.zeros((28, 28)), r"shape \(28, 28\) do not fit this network: give \[B, 28, 28, 1\]"),
+        (np.zeros((2, 32, 32, 3)), "do not fit this network"),
+        (np.full((1, 28, 28, 1), 255.0), r"reach from 255 to 255: scale them to \[0, 1\]"),
+        (np.full((1, 28, 28, 1), np.nan), "reach from nan to nan"),
+        (np.zeros((1, 28, 28, 1), np.int64), "images are int64: give uint8"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(run, wrong, message):
+    with pytest.raises(UserError, match=message):
+        run.predict(wrong)
+
+
+def test_evaluate_counts_every_example_of_a_split(run):
+    assert run.evaluate()["count"] == 297
+    score = run.evaluate("train[1000:1107]")
+    arrays = datasets.load("digits", "train[1000:1107]")
+    right = run.predict(arrays.images).argmax(1) == arrays.labels
+    assert score["count"] == 107
+    assert score["accuracy"] == right.mean()
+    with pytest.raises(UserError, match="'tset'"):
+        run.evaluate("tset")
+
+
+def test_a_checkpoint_is_chosen_by_its_step(run_dir, run):
+    assert run.step == 120
+    assert trained.load(run_dir, step=60).step == 60
+    with pytest.raises(UserError, match=r"no checkpoint of step 61: it has \[120, 60\]"):
+        trained.load(run_dir, step=61)
+
+
+def test_evaluate_prints_the_score(run_dir, run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate", str(run_dir)])
+    evaluate.main()
+    out = capsys.readouterr().out
+    assert "larger after step 120, on test of digits\n" in out
+    right = round(run.evaluate()["accuracy"] * 297)
+    assert f"Test accuracy: {right / 297:.2%} ({right} of 297 right)" in out
+
+
+def test_predict_reads_image_files(run_dir, run, images, tmp_path, capsys, monkeypatch):
+    Image.fromarray(images[0, ..., 0]).save(tmp_path / "white on black.png")
+    inverted = Image.fromarray(255 - images[0, ..., 0])
+    inverted.resize((280, 280), Image.Resampling.NEAREST).save(tmp_path / "black on white.png")
+    expected = run.predict(images[:1])[0]
+    for name, flags in (("white on black.png", []), ("black on white.png", ["--invert"])):
+        path = str(tmp_path / name)
+        monkeypatch.setattr("sys.argv", ["predict", str(run_dir), path, *flags])
+        predict.main()
+        assert f"{path}: class {expected.argmax()} (" in capsys.readouterr().out
+    np.testing.assert_array_equal(
+        predict.read(tmp_path / "white on black.png", (28, 28, 1), invert=False), images[0]
+    )
+
+
+@pytest.mark.parametrize("content", [None, b"no image"])
+def test_predict_refuses_what_is_no_image(tmp_path, content):
+    path = tmp_path / "image.png"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="image.png cannot be read as an image"):
+        predict.read(path, (28, 28, 1), invert=False)
+
+
+def test_a_folder_that_is_no_run_is_said(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        trained.load(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        trained.load(tmp_path / "nowhere")
