@@ -18,9 +18,6 @@ from mnist_flax import cli, report, signals, train
 from mnist_flax import config as config_lib
 from mnist_flax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="recipe file")
-_WORKDIR = flags.DEFINE_string("workdir", None, "run folder")
-
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
@@ -28,8 +25,8 @@ def main() -> None:
         for key, value in config_lib.flatten(config_lib.default()).items():
             print(f"  {key}={value}")
         return
-    config = parse(sys.argv)
-    workdir = _WORKDIR.value or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config, workdir = parse(sys.argv)
+    workdir = workdir or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         train.train_and_evaluate(config, workdir)
     except signals.Stopped as stop:
@@ -39,18 +36,23 @@ def main() -> None:
         sys.exit(128 + stop.signum)
 
 
-def parse(argv: list[str]) -> ConfigDict:
-    """The configuration that a command line asks for; `argv` must be `sys.argv`.
+def parse(argv: list[str]) -> tuple[ConfigDict, str | None]:
+    """The configuration and the run folder that a command line asks for.
+
+    `argv` must be `sys.argv`, at which the flags library looks by itself.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, no readable recipe file.
     """
+    values = flags.FlagValues()
+    recipe = config_flags.DEFINE_config_file("config", flag_values=values)
+    workdir = flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
     for arg in argv[1:]:
-        # The flags library answers an unknown key with an AttributeError deep inside.
+        # The flags library answers an unknown key with an AttributeError from deep inside.
         if key := re.match(r"--?config\.([^=]+)", arg):
             config_lib.check_key(key[1])
     try:
-        rest = flags.FLAGS(argv)[1:]
+        rest = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
         found = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error))
         raise (
@@ -64,14 +66,14 @@ def parse(argv: list[str]) -> ConfigDict:
         raise UserError(f"the recipe file cannot be used ({error!r})") from error
     if rest:
         raise UserError(f"{rest[0]!r} is no flag; see python -m mnist_flax.main --help")
-    if _CONFIG.value is None:
+    if recipe.value is None:
         raise UserError(
-            "name a recipe, such as --config=configs/larger.py or configs/larger.py:digits"
+            "name a recipe: --config=configs/larger.py or --config=configs/larger.py:digits"
         )
-    if not isinstance(_CONFIG.value, ConfigDict):
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not isinstance(recipe.value, ConfigDict):
+        name = config_flags.get_config_filename(values["config"])
         raise UserError(f"there is no recipe file {name}: try configs/larger.py")
-    return _CONFIG.value
+    return recipe.value, workdir.value
 
 
 if __name__ == "__main__":

@@ -76,7 +76,10 @@ def read_config(run_dir: Path) -> ConfigDict:
         )
     try:
         config = config_lib.default()
-        config.update(json.loads(path.read_text()))
+        with config.unlocked():
+            config.update(json.loads(path.read_text()))
+        for key in config_lib.flatten(config):
+            config_lib.check_key(key)
         return config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged or of another version ({error})") from error

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 from mnist_flax import main
 from mnist_flax.errors import UserError
@@ -30,16 +29,16 @@ def run(*args, **kwargs):
 def parse(monkeypatch, *args):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr("sys.argv", ["main", *args])
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS["config"].unparse()
+    # The flags library loads every recipe into the one module.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
     return main.parse(sys.argv)
 
 
 def test_overrides_reach_the_configuration(monkeypatch):
-    config = parse(
+    config, workdir = parse(
         monkeypatch, LARGER, "--config.batch_size=7", "--config.data.train_split=train[5:]"
     )
-    assert (config.name, config.batch_size) == ("larger-digits", 7)
+    assert (config.name, config.batch_size, workdir) == ("larger-digits", 7, None)
     assert config.data.train_split == "train[5:]"
 
 
@@ -66,9 +65,9 @@ def test_a_bad_flag_is_one_sentence(monkeypatch, args, message):
     ("arg", "message"),
     [
         ("--config=configs/lager.py", "there is no recipe file configs/lager.py"),
-        ("--config=README.md", "the recipe file cannot be used"),
+        ("--config=Makefile", "the recipe file cannot be used"),
         ("--config=mnist_flax/errors.py", "the recipe file cannot be used"),
-        ("--workdir=x", "name a recipe, such as --config=configs/larger.py"),
+        ("--workdir=x", "name a recipe: --config=configs/larger.py"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_one_sentence(monkeypatch, arg, message):
