@@ -1,8 +1,11 @@
 import os
+import socket
 from pathlib import Path
 
 import jax
 import pytest
+
+from mnist_flax import datasets
 
 # Several devices, for `jax.pmap`; everything else must cope with their presence.
 jax.config.update("jax_num_cpu_devices", 4)
@@ -28,3 +31,18 @@ def mnist_gz() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("MNIST_FLAX_TEST_MNIST does not name a folder with the four .gz files of MNIST")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def mnist(mnist_gz, prepared) -> Path:
+    """MNIST prepared from the four files, with every look at the network an error."""
+
+    def no_network(*args, **kwargs):
+        raise AssertionError("the network was used")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(prepared))
+        patch.setattr(socket, "getaddrinfo", no_network)
+        patch.setattr(socket.socket, "connect", no_network)
+        datasets.load("mnist", "test", manual_dir=str(mnist_gz))
+    return mnist_gz

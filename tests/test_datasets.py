@@ -3,7 +3,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -30,21 +29,6 @@ def fresh(monkeypatch, tmp_path) -> Path:
     folder.mkdir()
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
     return folder
-
-
-@pytest.fixture(scope="module")
-def mnist(mnist_gz, prepared) -> Path:
-    """MNIST prepared from the manual folder, with every look at the network an error."""
-
-    def no_network(*args, **kwargs):
-        raise AssertionError("the network was used")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(prepared))
-        patch.setattr(socket, "getaddrinfo", no_network)
-        patch.setattr(socket.socket, "connect", no_network)
-        datasets.load("mnist", "test", manual_dir=str(mnist_gz))
-    return mnist_gz
 
 
 def one_sentence(error: pytest.ExceptionInfo) -> str:

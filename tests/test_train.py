@@ -248,6 +248,14 @@ def test_nothing_is_written_where_the_data_cannot_be_had(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_epoch_of_mnist_learns_to_read_digits(mnist, tmp_path):
+    config = config_lib.recipe("larger", "mnist", model="larger", epochs=1, seed=7)
+    summary = train.train_and_evaluate(config, tmp_path / "run")
+    assert (summary["train_examples"], summary["test_examples"]) == (60_000, 10_000)
+    # Seeds 0, 1 and 2 gave 97.4, 97.7 and 97.4 %.
+    assert summary["test_accuracy"] > 0.965
+
+
 @pytest.mark.parametrize(
     ("steps", "every", "length"),
     [(47, 0, 47), (300, 0, 15), (938, 0, 67), (110, 0, 10), (6750, 0, 375), (1009, 0, 50)]
