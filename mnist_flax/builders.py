@@ -1,4 +1,4 @@
-"""TensorFlow Datasets without TensorFlow: which data set, its splits, preparing it, decoding it.
+"""TensorFlow Datasets without TensorFlow: which data set, and its splits.
 
 Kept apart from `datasets.py` because importing TFDS takes most of a second, which
 `--help`, a mistyped flag or a user of the networks alone should not pay.
@@ -8,27 +8,19 @@ import contextlib
 import difflib
 import functools
 import gzip
-import hashlib
 import io
-import itertools
-import os
 import re
 import struct
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urljoin
 
 import numpy as np
-import requests
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 from PIL import Image
-from tensorflow_datasets.core.download import downloader
 
-from mnist_flax.errors import UserError
+from mnist_flax.errors import UserError, nearest
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
 IDX_FILES = {
@@ -141,7 +133,7 @@ def create(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         # A colon would ask for a version, or for a namespace, which TFDS looks up on the network.
         if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+(/[\w.-]+)?", name):
             raise tfds.core.registered.DatasetNotFoundError
-        with _quiet():
+        with quiet():
             if name == "digits":
                 builder = Digits(data_dir=data_dir)
             elif name in MNIST_FAMILY:
@@ -153,7 +145,7 @@ def create(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     except Exception as error:
         if isinstance(error, ValueError) and "/" in name:
             raise UserError(_unknown_name(name)) from None
-        raise UserError(_explain(name, "open", error)) from error
+        raise UserError(explain(name, "open", error)) from error
     feature_keys(builder)
     return builder
 
@@ -224,9 +216,10 @@ def resolve(builder: tfds.core.DatasetBuilder, split: str) -> list[tuple[str, in
     try:
         parts = instruction.to_absolute(known) if known else []
     except ValueError as error:
-        raise UserError(
-            _bad_split(builder, split, str(error).partition(". ")[0].rstrip("."))
-        ) from None
+        reason = str(error).partition(". ")[0].rstrip(".")
+        if unknown := re.match(r"Unknown split '(\w+)'", reason):
+            reason += f", the nearest is {nearest(unknown[1], known)!r}"
+        raise UserError(_bad_split(builder, split, reason)) from None
     sizes = {name: found.num_examples for name, found in known.items()}
     selected = [
         (part.splitname, part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
@@ -247,191 +240,8 @@ def _bad_split(builder: tfds.core.DatasetBuilder, split: object, reason: str) ->
     )
 
 
-def prepare(
-    name: str, builder: tfds.core.DatasetBuilder, manual_dir: Path | None
-) -> tfds.core.DatasetBuilder:
-    """Prepares a data set in `builder`'s data folder and returns a builder that reads it.
-
-    Everything is written in a folder of this process's own and moved into place in one step, so
-    that a failure leaves nothing half-written, and of two processes the later one's work is
-    dropped. TFDS alone has neither: its folder's name is drawn from `random`, which two seeded
-    processes share, and the second to finish fails.
-
-    Raises:
-      UserError: no network, a wrong file, a folder that cannot be written, TensorFlow needed.
-    """
-    root, target = Path(builder.data_dir_root), Path(builder.data_dir)
-    occupied = target.exists() and any(target.iterdir())
-    if is_prepared(builder):  # by another process, since `builder` was made
-        return create(name, root)
-    if occupied:
-        raise UserError(f"{target} is not a prepared data set: delete this folder and run again")
-    if manual_dir is not None:
-        _check_gz_files(builder, manual_dir)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix="incomplete.", dir=root)
-    except OSError as error:
-        raise UserError(
-            f"the data folder {root} cannot be written ({_short(error)}): "
-            "set TFDS_DATA_DIR to a folder that can"
-        ) from error
-    print(f"preparing {builder.info.full_name} in {root}", file=sys.stderr, flush=True)
-    with scratch as folder:
-        writer = create(name, Path(folder))
-        if name in MNIST_FAMILY and manual_dir is None:
-            manual_dir = _download_gz_files(writer, Path(folder) / "gz")
-        # What other sets download is large, and worth keeping for the next try.
-        ours = name == "digits" or name in MNIST_FAMILY
-        _download_and_prepare(writer, (Path(folder) if ours else root) / "downloads", manual_dir)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.replace(writer.data_dir, target)
-        except OSError:
-            if not is_prepared(builder):
-                raise
-    return create(name, root)
-
-
-def _download_and_prepare(
-    builder: tfds.core.DatasetBuilder, downloads: Path, manual_dir: Path | None
-) -> None:
-    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-    try:
-        # TFDS tries a dead connection ten times, waiting ever longer: over three minutes.
-        with _quiet(), tfds.core.utils.temporary_assignment(downloader, "MAX_RETRIES", 0):
-            builder.download_and_prepare(
-                file_format="array_record", download_dir=downloads, download_config=config
-            )
-    except requests.RequestException as error:
-        raise UserError(_offline(builder.name, error)) from error
-    except Exception as error:
-        raise UserError(_explain(builder.name, "prepare", error)) from error
-
-
-def _download_gz_files(builder: tfds.core.DatasetBuilder, folder: Path) -> Path:
-    """Downloads the four files; not through TFDS, which waits for a silent server for ever."""
-    folder.mkdir()
-    try:
-        for file in GZ_NAMES:
-            with requests.get(urljoin(builder.URL, file), timeout=10) as response:
-                response.raise_for_status()
-                (folder / file).write_bytes(response.content)
-    except requests.RequestException as error:
-        raise UserError(_offline(builder.name, error)) from error
-    _check_gz_files(builder, folder)
-    return folder
-
-
-def _check_gz_files(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
-    """Raises UserError unless `folder` holds the four files with the checksums TFDS knows."""
-    files = f"the manual folder must hold {', '.join(GZ_NAMES)}"
-    if not folder.is_dir():
-        raise UserError(f"the manual folder {folder} does not exist: {files}")
-    for file in GZ_NAMES:
-        path, url = folder / file, urljoin(builder.URL, file)
-        if not path.is_file():
-            raise UserError(f"{path} is missing: {files}, as downloaded from {builder.URL}")
-        with path.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        expected = builder.url_infos[url].checksum
-        if found != expected:
-            raise UserError(
-                f"{path} is not the official file of {builder.name}, or not all of it (SHA-256 "
-                f"{expected} expected, {found} found): download it again from {url}"
-            )
-
-
-def _offline(name: str, error: Exception) -> str:
-    manual = (
-        "put the four files in a folder and name it with --config.data.manual_dir=DIR or "
-        f"MNIST_FLAX_MANUAL_DIR ({', '.join(GZ_NAMES)}), "
-        if name in MNIST_FAMILY
-        else ""
-    )
-    return (
-        f"{name} is not prepared here and could not be downloaded ({_short(error)}): train on the "
-        f"embedded data with --config=<recipe>.py:digits, {manual}or set TFDS_DATA_DIR to a folder "
-        "where TFDS has prepared it"
-    )
-
-
-def decode(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes a whole split of a prepared data set, in the order that TFDS's slices count.
-
-    Returns:
-      images uint8 [N, H, W, C] and labels int32 [N].
-
-    Raises:
-      UserError: images of several sizes, examples without a label, damaged files.
-    """
-    try:
-        with _quiet():
-            images, labels = _stack(builder, split)
-    except UserError:
-        raise
-    except Exception as error:
-        missing = _missing_package(error)
-        remedy = f"install {missing}" if missing else f"delete {builder.data_dir} to prepare anew"
-        raise UserError(
-            f"the split {split!r} of {builder.name} cannot be read ({_short(error)}): {remedy}"
-        ) from error
-    if labels.min() < 0:
-        raise UserError(f"the split {split!r} of {builder.name} has no labels: take another split")
-    return images, labels
-
-
-def _stack(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:
-    image_key, label_key = feature_keys(builder)
-    size = builder.info.splits[split].num_examples
-    formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    if formats == {"tfrecord"}:
-        examples = _tfrecord_examples(builder, split)
-    else:
-        examples = iter(builder.as_data_source(split))
-    first = next(examples)
-    images = np.empty((size, *first[image_key].shape), np.uint8)
-    labels = np.empty(size, np.int32)
-    count = 0
-    for example in itertools.chain([first], examples):
-        image = example[image_key]
-        if image.shape != images.shape[1:]:
-            raise UserError(
-                f"the images of {builder.name} differ in size ({images.shape[1:]} and "
-                f"{image.shape}): take a data set of images of one size"
-            )
-        images[count], labels[count] = image, example[label_key]
-        count += 1
-    if count != size:
-        raise ValueError(f"{count} examples found where {size} are expected")
-    return images, labels
-
-
-def _tfrecord_examples(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[dict[str, Any]]:
-    """Reads TFRecord, the format of a plain `tfds.load`, which TFDS reads by TensorFlow alone.
-
-    A slice counts through the shards one after the other, while iterating over a tf.data
-    pipeline interleaves them.
-    """
-    for path in builder.info.splits[split].filepaths:
-        for record in _tfrecords(Path(path)):
-            yield builder.info.features.deserialize_example_np(record)
-
-
-def _tfrecords(path: Path) -> Iterator[bytes]:
-    """The records of a TFRecord file: length, CRC of it, bytes, CRC of them; not checking CRCs."""
-    end = path.stat().st_size
-    with path.open("rb") as file:
-        while file.tell() < end:
-            length = struct.unpack("<Q4x", file.read(12).ljust(12, b"\xff"))[0]
-            if file.tell() + length + 4 > end:
-                raise ValueError(f"{path.name} is truncated")
-            yield file.read(length)
-            file.seek(4, os.SEEK_CUR)
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps TFDS from announcing on stdout and through absl what it does."""
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
@@ -442,8 +252,8 @@ def _quiet() -> Iterator[None]:
         absl_logging.set_verbosity(verbosity)
 
 
-def _explain(name: str, doing: str, error: Exception) -> str:
-    missing = _missing_package(error)
+def explain(name: str, doing: str, error: Exception) -> str:
+    missing = missing_package(error)
     if missing == "tensorflow":
         return (
             f"TFDS needs TensorFlow to {doing} {name}: prepare it where TensorFlow is installed, "
@@ -452,7 +262,7 @@ def _explain(name: str, doing: str, error: Exception) -> str:
     if missing:
         return f"TFDS needs the Python package {missing!r} to {doing} {name}: install it"
     return (
-        f"TFDS cannot {doing} {name} ({_short(error)}): prepare it with TFDS by itself, "
+        f"TFDS cannot {doing} {name} ({short(error)}): prepare it with TFDS by itself, "
         "then set TFDS_DATA_DIR to the folder that holds it"
     )
 
@@ -464,13 +274,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
-def _missing_package(error: BaseException) -> str | None:
+def missing_package(error: BaseException) -> str | None:
     """The package whose absence is behind an error."""
     names = [e.name for e in _causes(error) if isinstance(e, ModuleNotFoundError) and e.name]
     return names[0].partition(".")[0] if names else None
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     """The first line of the innermost cause, which says most in fewest words."""
     *_, innermost = _causes(error)
     text = getattr(innermost, "strerror", None) or str(innermost).strip()

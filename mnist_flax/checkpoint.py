@@ -57,11 +57,13 @@ def save(
 ) -> None:
     """Starts saving the state under its step; the state may be donated once this returns.
 
-    A checkpoint of that step can only be a damaged one that `restore` passed over, and goes.
+    Checkpoints of this step and later ones can only be damaged, passed over by `restore`: they
+    go, as they would count as the latest.
     """
     step = int(state.step)
-    if step in manager.all_steps():
-        manager.delete(step)
+    for passed_over in manager.all_steps():
+        if passed_over >= step:
+            manager.delete(passed_over)
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         record=ocp.args.JsonSave({"run": record, "crc32": _crc32(state)}),
@@ -81,7 +83,7 @@ def restore(
     abstract, whose shapes and dtypes are restored, on the first device.
 
     Raises:
-        UserError: no checkpoint can be read, or the one asked for does not exist.
+        UserError: no checkpoint can be read, or the one asked for cannot or does not exist.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     if step is not None and step not in steps:
@@ -101,8 +103,16 @@ def restore(
             state = manager.restore(candidate, args=args).state
             if record["crc32"] != _crc32(state):
                 raise ValueError("the checksum of its numbers is wrong")
+        except UserError:
+            raise
         except Exception as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            # Orbax raises whatever the damage leads to.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            if step is not None:
+                raise UserError(
+                    f"checkpoint {step} in {manager.directory} is damaged ({reason}): "
+                    f"take another of {steps}"
+                ) from error
             warnings.warn(
                 f"checkpoint {candidate} is damaged and passed over: {reason}", stacklevel=2
             )

@@ -7,9 +7,15 @@ from mnist_flax.errors import UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a program; a `UserError` becomes one sentence on stderr and exit code 2."""
+    """Runs a program; a `UserError` becomes one sentence on stderr and exit code 2.
+
+    Ctrl-C where nothing can be saved yet ends it without a traceback, with exit code 130.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)

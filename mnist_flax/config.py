@@ -4,15 +4,15 @@ A recipe in `configs/` names only what differs from `default()`. Every key can b
 the command line: `--config.batch_size=100 --config.data.train_split=train[5000:]`.
 """
 
-import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mnist_flax import datasets, models, optim
-from mnist_flax.errors import UserError
+from mnist_flax.errors import UserError, nearest
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -50,7 +50,7 @@ def default() -> ConfigDict:
                 "manual_dir": "",
             },
             "checkpoint": {
-                # Steps between checkpoints beside those at the end of each epoch; 0 for none.
+                # Steps of an epoch between checkpoints, beside the one at its end; 0 for none.
                 "every_steps": 0,
             },
         }
@@ -73,8 +73,6 @@ def recipe(name: str, dataset: str, **overrides: Any) -> ConfigDict:
     if dataset == "digits":
         config.batch_size = min(config.batch_size, 32)
         config.epochs = max(config.epochs, 20)
-        # A count of examples that fits MNIST's 60,000 need not fit these 1,500.
-        config.data.train_split = config.data.train_split.replace("[5000:]", "")
     return config
 
 
@@ -126,9 +124,10 @@ def validate(config: ConfigDict) -> None:
                 f"{key}={given[key]!r} is unknown; did you mean {nearest(given[key], choices)!r}? "
                 f"(choices: {', '.join(choices)})"
             )
+    _check("data.name", given["data.name"], datasets.check_name)
     for key in ("data.train_split", "data.test_split", "data.watch_split"):
         if given[key] or key != "data.watch_split":
-            datasets.check(given["data.name"], given[key])
+            _check(key, given[key], partial(datasets.check_split, given["data.name"]))
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -142,16 +141,18 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """The choice most like a mistyped word."""
-    return difflib.get_close_matches(word, list(choices), n=1, cutoff=0)[0]
-
-
 def wrong_type(key: str, value: Any) -> UserError:
     """The error for a value of another type than the key's default."""
     example = flatten(default())[key]
     kind = {int: "a whole number", float: "a number", str: "text"}[type(example)]
     return UserError(f"{key}={value!r} must be {kind}, as in {key}={example!r}")
+
+
+def _check(key: str, value: Any, check: Callable[[Any], None]) -> None:
+    try:
+        check(value)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _check_type(key: str, value: Any, example: Any) -> None:

@@ -29,42 +29,15 @@ class Arrays(NamedTuple):
     labels: np.ndarray  # int32 [N]
 
 
-class Info(NamedTuple):
-    """What a data set is like."""
-
-    name: str
-    version: str
-    image_shape: tuple[int, int, int]  # H, W, C
-    num_classes: int
-    split_sizes: dict[str, int]
-
-
-def info(name: str) -> Info:
-    """Describes a data set.
-
-    Needs no data for `digits` and the MNIST family. Of another set that is not prepared, TFDS
-    does not know the splits, so that it is prepared first; where the size of the images is not
-    declared either, the largest split is decoded.
-
-    Raises:
-      UserError: as `check` and `load` do.
-    """
+def check_name(name: str) -> None:
+    """Raises UserError unless there is such a data set, for image classification."""
     from mnist_flax import builders
 
-    builder = builders.create(name, _data_dir())
-    if not builders.splits(builder):
-        builder = builders.prepare(name, builder, None)
-    sizes = {split: found.num_examples for split, found in builders.splits(builder).items()}
-    image_key, label_key = builders.feature_keys(builder)
-    shape = builder.info.features[image_key].shape
-    if None in shape:
-        shape = _whole_split(builder, max(sizes, key=sizes.get)).images.shape[1:]
-    classes = builder.info.features[label_key].num_classes
-    return Info(name, str(builder.version), tuple(shape), classes, sizes)
+    builders.create(name, _data_dir())
 
 
-def check(name: str, split: str) -> None:
-    """Checks a data set's name and a slice of it before anything is prepared or read.
+def check_split(name: str, split: str) -> None:
+    """Checks a slice of a data set before anything is prepared or read.
 
     Of a set whose splits are known only once it is prepared, only the slice's form is checked.
 
@@ -74,6 +47,30 @@ def check(name: str, split: str) -> None:
     from mnist_flax import builders
 
     builders.resolve(builders.create(name, _data_dir()), split)
+
+
+def overlap(name: str, split: str, other: str) -> bool:
+    """Whether two slices of a prepared data set have an example in common."""
+    from mnist_flax import builders
+
+    builder = builders.create(name, _data_dir())
+    return any(
+        part == other_part and max(start, other_start) < min(stop, other_stop)
+        for part, start, stop in builders.resolve(builder, split)
+        for other_part, other_start, other_stop in builders.resolve(builder, other)
+    )
+
+
+def num_classes(name: str) -> int:
+    """The number of classes of a data set.
+
+    Raises:
+      UserError: as `check_name` does.
+    """
+    from mnist_flax import builders
+
+    builder = builders.create(name, _data_dir())
+    return builder.info.features[builders.feature_keys(builder)[1]].num_classes
 
 
 def load(name: str, split: str, manual_dir: str = "") -> Arrays:
@@ -90,12 +87,12 @@ def load(name: str, split: str, manual_dir: str = "") -> Arrays:
       images uint8 [N, H, W, C] and labels int32 [N], in TFDS's order.
 
     Raises:
-      UserError: what `check` finds; a set that can be neither found, downloaded nor prepared; a
-        wrong or missing file in `manual_dir`; images of several sizes.
+      UserError: what `check_split` finds; a set that can be neither found, downloaded nor
+        prepared; a wrong or missing file in `manual_dir`; images of several sizes.
     """
-    from mnist_flax import builders
+    from mnist_flax import builders, preparation
 
-    check(name, split)
+    check_split(name, split)
     in_family = name in builders.MNIST_FAMILY
     if manual_dir and not in_family:
         raise UserError(
@@ -105,7 +102,7 @@ def load(name: str, split: str, manual_dir: str = "") -> Arrays:
     builder = builders.create(name, _data_dir())
     if not builder.info.splits:
         folder = manual_dir or (in_family and os.environ.get("MNIST_FLAX_MANUAL_DIR"))
-        builder = builders.prepare(name, builder, Path(folder).expanduser() if folder else None)
+        builder = preparation.prepare(name, builder, Path(folder).expanduser() if folder else None)
     selected = builders.resolve(builder, split)
     wholes = {part: _whole_split(builder, part) for part in {part for part, _, _ in selected}}
     parts = [
@@ -125,14 +122,14 @@ def _data_dir() -> Path:
 
 def _whole_split(builder: "tfds.core.DatasetBuilder", split: str) -> Arrays:
     """A whole split, decoded once and then read from `mnist_flax_cache` in the data folder."""
-    from mnist_flax import builders
+    from mnist_flax import decoding
 
     full_name = builder.info.full_name.replace("/", "-")
     folder = Path(builder.data_dir_root) / "mnist_flax_cache" / full_name
     source = _fingerprint(builder)
     arrays = _read_cache(folder, split, source)
     if arrays is None:
-        arrays = Arrays(*builders.decode(builder, split))
+        arrays = Arrays(*decoding.decode(builder, split))
         _write_cache(folder, split, source, arrays)
     return arrays
 

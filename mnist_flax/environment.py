@@ -6,8 +6,9 @@ import platform
 
 import jax
 
+import mnist_flax
+
 _PACKAGES = (
-    "mnist-flax",
     "jax",
     "jaxlib",
     "flax",
@@ -21,11 +22,15 @@ _PACKAGES = (
 def device_name() -> str:
     """The device that computations run on, such as "cpu (2 cores)" or "NVIDIA H200"."""
     device = jax.devices()[0]
-    return f"cpu ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    if device.platform != "cpu":
+        return device.device_kind
+    # The cores that this process may use, where the system tells.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return f"cpu ({len(affinity(0)) if affinity else os.cpu_count()} cores)"
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that determine a result."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in _PACKAGES
-    }
+    # Of this package without its metadata, which a checkout that is not installed lacks.
+    ours = {"python": platform.python_version(), "mnist-flax": mnist_flax.__version__}
+    return ours | {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -16,7 +16,7 @@ def main() -> None:
     run = trained.load(args.run_dir, args.step)
     split = args.split or run.config.data.test_split
     print(f"{run.config.model} after step {run.step:,}, on {split} of {run.config.data.name}")
-    report.score(run.evaluate(split))
+    report.score(run.evaluate(split), "Test" if split == run.config.data.test_split else split)
 
 
 if __name__ == "__main__":

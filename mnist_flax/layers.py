@@ -83,7 +83,9 @@ class Flatten(nn.Module):
         return x.reshape(x.shape[0], -1)
 
 
-def conv_output_size(size: tuple[int, int], kernel_size: tuple[int, int], padding: str):
+def conv_output_size(
+    size: tuple[int, int], kernel_size: tuple[int, int], padding: str
+) -> tuple[int, int]:
     """Height and width of a stride-1 convolution's output.
 
     Raises:
@@ -134,7 +136,8 @@ def _valid_conv(x, kernel):
     additions over the whole input, where a second convolution needs one pass.
     """
     forward, _, split = _plan(x, kernel)
-    return _join(lax.map(lambda block: forward(block, kernel), split(x)))
+    blocks = lax.map(lambda block: forward(block, kernel), split(x))
+    return blocks.reshape(-1, *blocks.shape[2:])[: len(x)]
 
 
 def _valid_conv_fwd(x, kernel):
@@ -152,7 +155,8 @@ def _valid_conv_bwd(residuals, g):
     def add(total, block):
         return total + kernel_gradient(*block, kernel.shape), None
 
-    zero = jnp.zeros(kernel.shape, _sum_dtype(kernel))
+    # Not `zeros`: under `shard_map` this must vary from device to device, as the sum does.
+    zero = 0 * kernel.astype(_sum_dtype(kernel))
     dkernel, _ = lax.scan(add, zero, (split(x), split(g)))
     return dx, dkernel.astype(kernel.dtype)
 
@@ -161,7 +165,10 @@ _valid_conv.defvjp(_valid_conv_fwd, _valid_conv_bwd)
 
 
 def _plan(x, kernel):
-    """The forms that suit the shapes, and the function that splits a batch into blocks."""
+    """The forms that suit the shapes, and the function that splits a batch into blocks.
+
+    A batch that no good block size divides is filled up with zeros, which add nothing to sums.
+    """
     batch, h, w, c = x.shape
     kh, kw, _, features = kernel.shape
     # A product over fewer than 32 numbers starves the matrix units: take all kernel rows at once.
@@ -171,15 +178,18 @@ def _plan(x, kernel):
         forward, kernel_gradient, depth = _forward_rows, _kernel_gradient_rows, kw * c
 
     bytes_per_image = h * w * (depth + features) * x.dtype.itemsize
-    size = batch
+    size = max(1, batch)
     if batch * bytes_per_image > _UNSPLIT_BYTES:
-        most = max(1, _BLOCK_BYTES // bytes_per_image)
-        size = max(n for n in range(1, most + 1) if batch % n == 0)
-    return forward, kernel_gradient, lambda a: a.reshape(batch // size, size, *a.shape[1:])
+        most = min(batch, max(1, _BLOCK_BYTES // bytes_per_image))
+        divisor = max(n for n in range(1, most + 1) if batch % n == 0)
+        size = divisor if 2 * divisor >= most else most
+    blocks = -(-batch // size)
 
+    def split(a):
+        filled = jnp.pad(a, ((0, blocks * size - batch), *((0, 0) for _ in a.shape[1:])))
+        return filled.reshape(blocks, size, *a.shape[1:])
 
-def _join(blocks):
-    return blocks.reshape(-1, *blocks.shape[2:])
+    return forward, kernel_gradient, split
 
 
 def _sum_dtype(x):
@@ -266,6 +276,7 @@ def _max_pool_fwd(x):
     a, b, c, d = (x[:, i : h // 2 * 2 : 2, j : w // 2 * 2 : 2] for i in (0, 1) for j in (0, 1))
     top, bottom = jnp.maximum(a, b), jnp.maximum(c, d)
     first = jnp.where(top >= bottom, jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3))
+    # The empty array tells the gradient the height and width, which odd sizes would lose.
     return jnp.maximum(top, bottom), (first.astype(jnp.uint8), jnp.empty((0, h, w)))
 
 

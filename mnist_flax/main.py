@@ -26,12 +26,14 @@ def main() -> None:
             print(f"  {key}={value}")
         return
     config, workdir = parse(sys.argv)
-    workdir = workdir or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    command = ["python", "-m", "mnist_flax.main", *sys.argv[1:]]
+    if workdir is None:
+        workdir = f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        command.append(f"--workdir={workdir}")
     try:
         train.train_and_evaluate(config, workdir)
+        report.resume(shlex.join(command))
     except signals.Stopped as stop:
-        given = [arg for arg in sys.argv[1:] if not re.match(r"--?workdir\b", arg)]
-        command = ["python", "-m", "mnist_flax.main", *given, f"--workdir={workdir}"]
         report.stopped(str(stop), shlex.join(command))
         sys.exit(128 + stop.signum)
 
@@ -45,13 +47,13 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str | None]:
         UserError: an unknown flag or key, a value of the wrong type, no readable recipe file.
     """
     values = flags.FlagValues()
-    recipe = config_flags.DEFINE_config_file("config", flag_values=values)
     workdir = flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
     for arg in argv[1:]:
         # The flags library answers an unknown key with an AttributeError from deep inside.
         if key := re.match(r"--?config\.([^=]+)", arg):
             config_lib.check_key(key[1])
     try:
+        recipe = config_flags.DEFINE_config_file("config", flag_values=values)
         rest = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
         found = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error))

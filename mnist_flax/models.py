@@ -10,14 +10,13 @@ as in Keras: Glorot-uniform kernels and zero biases. Any image size that survive
 do, with any number of channels and classes.
 """
 
-import difflib
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mnist_flax.errors import UserError
+from mnist_flax.errors import UserError, nearest
 from mnist_flax.layers import Concatenate, Conv, Flatten, MaxPool
 
 Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
@@ -108,8 +107,8 @@ def create(name: str, **overrides) -> nn.Module:
         UserError: there is no such network.
     """
     if name not in _NETWORKS:
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0)[0]
         raise UserError(
-            f"there is no network {name!r}; did you mean {near!r}? (networks: {', '.join(names())})"
+            f"there is no network {name!r}; did you mean {nearest(name, names())!r}? "
+            f"(networks: {', '.join(names())})"
         )
     return _NETWORKS[name](**overrides)

@@ -31,11 +31,13 @@ def read(path: Path, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
     """An image file as uint8 [H, W, C], resized to `shape`.
 
     Raises:
-        UserError: the file is not there or is no image.
+        UserError: the file is not there or is no image, or `shape` has neither 1 nor 3 channels.
     """
+    if shape[2] not in (1, 3):
+        raise UserError(f"image files have 1 or 3 channels, and the network takes {shape[2]}")
     try:
         image = Image.open(path).convert("L" if shape[2] == 1 else "RGB")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path} cannot be read as an image ({error}): give a PNG or JPEG"
         ) from None

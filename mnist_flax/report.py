@@ -1,5 +1,6 @@
 """What the user sees of a run; receives host numbers only."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,11 +79,11 @@ def epoch(row: dict[str, Any], config: ConfigDict) -> None:
     print(line, flush=True)
 
 
-def score(scored: dict[str, Any]) -> None:
+def score(scored: dict[str, Any], what: str = "Test") -> None:
     """Loss, accuracy and error as the tutorials print them; `scored` as `scoring` gives it."""
     right = round(scored["accuracy"] * scored["count"])
-    print(f"Test loss: {scored['loss']:.4f}")
-    print(f"Test accuracy: {scored['accuracy']:.2%} ({right:,} of {scored['count']:,} right)")
+    print(f"{what} loss: {scored['loss']:.4f}")
+    print(f"{what} accuracy: {scored['accuracy']:.2%} ({right:,} of {scored['count']:,} right)")
     print(f"Error: {1 - scored['accuracy']:.2%}", flush=True)
 
 
@@ -95,8 +96,14 @@ def result(summary: dict[str, Any], run_dir: Path) -> None:
             "count": summary["test_examples"],
         }
     )
-    print(f"evaluate    python -m mnist_flax.evaluate {run_dir}")
-    print(f"predict     python -m mnist_flax.predict {run_dir} IMAGE.png", flush=True)
+    folder = shlex.quote(str(run_dir))
+    print(f"{'evaluate':<11} python -m mnist_flax.evaluate {folder}")
+    print(f"{'predict':<11} python -m mnist_flax.predict {folder} IMAGE.png", flush=True)
+
+
+def resume(command: str) -> None:
+    """The command that would go on with a run, had it been stopped."""
+    print(f"{'resume':<11} {command}", flush=True)
 
 
 def finished_before(run_dir: Path) -> None:

@@ -27,6 +27,18 @@ def check(run_dir: Path, config: ConfigDict) -> None:
         UserError: a file, a folder that cannot be written, one that holds something else, or a
             run of another configuration.
     """
+    try:
+        _check(run_dir, config)
+    except OSError as error:
+        raise UserError(
+            f"the run folder {run_dir} cannot be used ({error.strerror}): "
+            "name another with --workdir"
+        ) from None
+
+
+def _check(run_dir: Path, config: ConfigDict) -> None:
+    if run_dir.is_symlink() and not run_dir.exists():
+        raise UserError(f"the run folder {run_dir} is a link to nowhere: name another")
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"the run folder {run_dir} is a file: name another with --workdir")
     existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
@@ -35,7 +47,8 @@ def check(run_dir: Path, config: ConfigDict) -> None:
             f"the run folder {run_dir} cannot be written, as {existing} is not a writable "
             "folder: name another with --workdir"
         )
-    if not run_dir.exists() or not any(run_dir.iterdir()):
+    # A start that was killed may leave a file half-written, under another name.
+    if not run_dir.exists() or all(path.suffix == ".tmp" for path in run_dir.iterdir()):
         return
     if not (run_dir / "config.json").exists():
         raise UserError(
@@ -76,19 +89,29 @@ def read_config(run_dir: Path) -> ConfigDict:
         )
     try:
         config = config_lib.default()
+        stored = json.loads(path.read_text())
         with config.unlocked():
-            config.update(json.loads(path.read_text()))
+            config.update(stored)
         for key in config_lib.flatten(config):
             config_lib.check_key(key)
+        if "model" not in stored:
+            raise ValueError("it names no model")
         return config
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or of another version ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged, of another version or no run's ({error}): give another folder"
+        ) from error
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """The summary of a finished run; None where the run is not finished."""
     path = run_dir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it to score the run again") from None
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
@@ -98,7 +121,7 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes all of a file or nothing."""
-    _replace(path, json.dumps(content, indent=2) + "\n")
+    _replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def start_metrics(run_dir: Path, step: int) -> None:
@@ -106,7 +129,11 @@ def start_metrics(run_dir: Path, step: int) -> None:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     # Only a line that ends was written whole.
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    whole = [line for line in lines if line.endswith("\n")]
+    try:
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): mend or delete that line") from None
     _replace(path, "".join(kept))
 
 
@@ -118,7 +145,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
     """Adds one JSON object as a line to metrics.jsonl."""
     with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -112,7 +112,12 @@ def train_step(
         metrics = measure(logits, batch)
         return metrics.loss_sum / count, (metrics, updated.get("batch_stats", {}))
 
-    grads, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
+    params = state.params
+    if axis_name is not None:
+        # Differentiated as the device's own; by parameters that all devices share, `shard_map`
+        # would sum the gradient itself, and it would be summed twice.
+        params = lax.pcast(params, axis_name, to="varying")
+    grads, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
     grads = _sum_over(axis_name, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     return state.replace(

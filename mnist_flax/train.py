@@ -121,7 +121,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     parameters = state_lib.count_parameters(state.params)
     report.header(config, parameters, data, run_dir, device)
 
-    with checkpoint.open_manager(rundir.checkpoints(run_dir)) as manager:
+    # Choosing the best by images of the test set would make its score a lie.
+    keep_best = data.watch is not None and not datasets.overlap(
+        config.data.name, config.data.watch_split, config.data.test_split
+    )
+    constants = {
+        "image_shape": image_shape,
+        "num_classes": data.num_classes,
+        "config": config.to_dict(),
+        "versions": environment.versions(),
+    }
+    # Signals outside, so that one that arrives while the last checkpoint is written waits.
+    with (
+        signals.noted() as received,
+        checkpoint.open_manager(rundir.checkpoints(run_dir)) as manager,
+    ):
         position = Position()
         if restored := checkpoint.restore(manager, lambda record: state):
             state, record = restored
@@ -134,39 +148,33 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         programs = compile_programs(config, model, tx, state, data)
         position.compile_seconds += time.perf_counter() - clock
 
-        with signals.noted() as received:
-            while position.epoch < config.epochs:
-                pieces = _train_pieces(config, data, programs, state, position)
-                with report.progress(position, config.epochs, len(data.train.labels)) as bar:
-                    for state in pieces:  # noqa: B007 - it is used after the loop
-                        if not math.isfinite(position.loss_sum):
-                            raise _diverged(config, "the loss", position, manager.latest_step())
-                        report.advance(bar, position)
-                        if received:
-                            break
-                # The last update may have broken what the last loss does not show yet.
-                if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
-                    raise _diverged(config, "a parameter", position, manager.latest_step())
-                watch_accuracy = None
-                if position.count == len(data.train.labels):
-                    row = _score_epoch(programs, state, position)
-                    rundir.append_metrics(run_dir, row)
-                    report.epoch(row, config)
-                    # Choosing the best by the test set would make its score a lie.
-                    if data.watch is not data.test:
-                        watch_accuracy = row["watch_accuracy"]
-                    position.next_epoch()
-                position.wall_seconds = earlier + time.perf_counter() - began
-                record = {
-                    "position": asdict(position),
-                    "image_shape": image_shape,
-                    "num_classes": data.num_classes,
-                    "config": config.to_dict(),
-                    "versions": environment.versions(),
-                }
-                checkpoint.save(manager, state, record, watch_accuracy)
-                if received:
-                    raise signals.Stopped(received[0])
+        while position.epoch < config.epochs and not received:
+            pieces = _train_pieces(config, data, programs, state, position)
+            with report.progress(position, config.epochs, len(data.train.labels)) as bar:
+                for state in pieces:  # noqa: B007 - it is used after the loop
+                    if not math.isfinite(position.loss_sum):
+                        raise _diverged(config, "the loss", position, manager.latest_step())
+                    report.advance(bar, position)
+                    if received:
+                        break
+            # The last update may have broken what the last loss does not show yet.
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+                raise _diverged(config, "a parameter", position, manager.latest_step())
+            watch_accuracy = None
+            if position.count == len(data.train.labels):
+                row = _score_epoch(programs, state, position)
+                if data.watch is not None and not math.isfinite(row["watch_loss"]):
+                    raise _diverged(config, "the watched loss", position, manager.latest_step())
+                rundir.append_metrics(run_dir, row)
+                report.epoch(row, config)
+                watch_accuracy = row["watch_accuracy"] if keep_best else None
+                position.next_epoch()
+            position.wall_seconds = earlier + time.perf_counter() - began
+            checkpoint.save(
+                manager, state, constants | {"position": asdict(position)}, watch_accuracy
+            )
+    if received:
+        raise signals.Stopped(received[0])
 
     score = programs.score_test(state_lib.variables(state))
     rows = rundir.read_metrics(run_dir)
@@ -185,7 +193,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         "compile_seconds": position.compile_seconds,
         "images_per_second": len(rows) * len(data.train.labels) / sum(r["seconds"] for r in rows),
         "device": device,
-        "versions": environment.versions(),
+        "versions": constants["versions"],
     }
     rundir.write_summary(run_dir, summary)
     report.result(summary, run_dir)
@@ -204,7 +212,7 @@ def load_data(config: ConfigDict) -> Data:
         watch = test
     elif config.data.watch_split:
         watch = load(config.data.watch_split)
-    num_classes = datasets.info(config.data.name).num_classes
+    num_classes = datasets.num_classes(config.data.name)
     return Data(load(config.data.train_split), watch, test, num_classes)
 
 
@@ -242,12 +250,13 @@ def piece_length(config: ConfigDict, num_examples: int) -> int:
     """Steps that run as one program, between which the host may report, save or stop.
 
     About a twentieth of an epoch. A length that divides the epoch is preferred, since the
-    remainder would be a second program to compile.
+    remainder would be a second program to compile. `checkpoint.every_steps` must be a multiple.
     """
-    steps = steps_per_epoch(config, num_examples)
+    steps, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
     length = steps if steps <= 50 else max(10, steps // 20)
-    if config.checkpoint.every_steps:
-        length = min(length, config.checkpoint.every_steps)
+    if 0 < every < steps:
+        divisors = [n for n in range(1, every + 1) if every % n == 0]
+        return min(divisors, key=lambda n: max(n, length) / min(n, length))
     return next((n for n in range(length, 2 * length) if steps % n == 0), length)
 
 
@@ -297,7 +306,7 @@ def _train_pieces(
         state, metrics = programs.train(state, rows[start : start + length])
         position.add(jax.device_get(metrics), time.perf_counter() - clock)
         yield state
-        if every and int(state.step) // every > (before + start) // every:
+        if every and (start + length) % every == 0:
             return
 
 

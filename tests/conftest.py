@@ -8,6 +8,7 @@ import pytest
 from mnist_flax import datasets
 
 # Several devices, for `jax.pmap`; everything else must cope with their presence.
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
 

@@ -120,6 +120,39 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, start, damage):
     assert_equal(restore(folder, start)[0], at(start, 2))
 
 
+def test_damaged_later_checkpoints_do_not_count_as_the_latest(tmp_path, start):
+    folder = saved(tmp_path / "c", start, [None, None])
+    with checkpoint.open_manager(folder) as manager:
+        checkpoint.save(manager, at(start, 10), {})
+    for step in ("2", "10"):
+        flip_a_byte(folder / step)
+    # Resumed from 1, which is gone; whatever comes before 10 replaces it.
+    with checkpoint.open_manager(folder) as manager:
+        checkpoint.save(manager, at(start, 3), {"note": 3})
+        checkpoint.save(manager, at(start, 4), {"note": 4})
+    assert steps_in(folder) == [3, 4]
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path, start):
+    folder = saved(tmp_path / "c", start, [None, None])
+    flip_a_byte(folder / "1")
+    with pytest.raises(UserError, match=r"checkpoint 1 in .* is damaged .*another of \[2, 1\]"):
+        restore(folder, start, step=1)
+
+
+def test_an_error_without_a_message_is_damage_too(tmp_path, start):
+    def broken(record):
+        raise MemoryError
+
+    folder = saved(tmp_path / "c", start, [None])
+    with (
+        checkpoint.open_manager(folder, read_only=True) as manager,
+        pytest.warns(UserWarning, match="MemoryError"),
+        pytest.raises(UserError, match="can be read"),
+    ):
+        checkpoint.restore(manager, broken)
+
+
 def test_where_none_is_sound_the_error_says_which_there_are(tmp_path, start):
     folder = saved(tmp_path / "c", start, [None, None])
     for step in ("1", "2"):

@@ -73,11 +73,12 @@ def test_recipes_take_the_embedded_digits(recipe):
         ("optimizer", "rmsporp", "optimizer='rmsporp' is unknown; did you mean 'rmsprop'?"),
         ("schedule", "cosin", "schedule='cosin' is unknown; did you mean 'cosine'?"),
         ("compute_dtype", "float16", "compute_dtype='float16' is unknown"),
-        ("data.name", "mnits", "there is no data set 'mnits': did you mean 'mnist'?"),
-        ("data.train_split", "train[200%:]", "'train[200%:]'"),
-        ("data.train_split", "", "the split ''"),
-        ("data.test_split", "tset", "'tset'"),
-        ("data.watch_split", "train[60000:]", "selects no examples"),
+        ("data.name", "mnits", "data.name: there is no data set 'mnits': did you mean 'mnist'?"),
+        ("data.train_split", "train[200%:]", "data.train_split: the split 'train[200%:]'"),
+        ("data.train_split", "", "data.train_split: the split ''"),
+        ("data.test_split", "tset", "data.test_split: the split 'tset'"),
+        ("data.test_split", "tset", "the nearest is 'test'"),
+        ("data.watch_split", "train[60000:]", "data.watch_split: the split"),
     ],
 )
 def test_impossible_values_are_refused(key, value, message):

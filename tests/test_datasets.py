@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mnist_flax import builders, datasets
+from mnist_flax import builders, datasets, decoding, preparation
 from mnist_flax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -111,18 +111,26 @@ def test_a_slice_selects_what_tfds_says(split, indices):
     np.testing.assert_array_equal(found.images, every.images[list(indices)])
 
 
-def test_info_of_sets_that_are_not_prepared(fresh):
-    assert datasets.info("digits") == (
-        "digits",
-        "1.0.0",
-        (28, 28, 1),
-        10,
-        {"train": 1500, "test": 297},
-    )
-    for name in ("mnist", "fashion_mnist", "kmnist"):
-        sizes = {"train": 60000, "test": 10000}
-        assert datasets.info(name) == (name, "3.0.1", (28, 28, 1), 10, sizes)
+def test_classes_of_sets_that_are_not_prepared(fresh):
+    for name, classes in (("digits", 10), ("kmnist", 10), ("emnist/balanced", 47)):
+        assert datasets.num_classes(name) == classes
     assert list(fresh.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("split", "other", "common"),
+    [
+        ("test", "test", True),
+        ("test[:50%]", "test", True),
+        ("train+test[290:]", "test[:291]", True),
+        ("test[:100]", "test[100:]", False),
+        ("train[90%:]", "test", False),
+    ],
+)
+def test_overlap(split, other, common):
+    datasets.load("digits", "test")
+    assert datasets.overlap("digits", split, other) is common
+    assert datasets.overlap("digits", other, split) is common
 
 
 @pytest.mark.parametrize(
@@ -134,6 +142,7 @@ def test_info_of_sets_that_are_not_prepared(fresh):
         ("huggingface:mnist", "train", "no data set"),
         ("", "train", "no data set"),
         ("imdb_reviews", "train", "not for image classification"),
+        ("digits", "trian", "the nearest is 'train'"),
         ("digits", "trian", "train (1,500 examples) and test (297 examples)"),
         ("digits", "train[", "'train['"),
         ("digits", "train[200%:]", "'train[200%:]'"),
@@ -147,16 +156,16 @@ def test_info_of_sets_that_are_not_prepared(fresh):
 )
 def test_check_refuses(fresh, name, split, said):
     with pytest.raises(UserError) as error:
-        datasets.check(name, split)
+        datasets.check_split(name, split)
     assert said in one_sentence(error)
     assert list(fresh.iterdir()) == []
 
 
 def test_check_accepts_without_preparing(fresh):
     for split in ("train", "train[5000:]", "train[90%:]", "train[:10%]+train[80%:]", "test"):
-        datasets.check("mnist", split)
-    datasets.check("cifar10", "test[:50%]")
-    datasets.check("emnist/balanced", "train")
+        datasets.check_split("mnist", split)
+    datasets.check_split("cifar10", "test[:50%]")
+    datasets.check_split("emnist/balanced", "train")
     assert list(fresh.iterdir()) == []
 
 
@@ -267,7 +276,7 @@ def test_what_was_downloaded_is_verified(fresh, monkeypatch):
         def raise_for_status(self):
             pass
 
-    monkeypatch.setattr(builders.requests, "get", lambda url, timeout: Response())
+    monkeypatch.setattr(preparation.requests, "get", lambda url, timeout: Response())
     with pytest.raises(UserError, match="not the official file"):
         datasets.load("kmnist", "train")
     assert list(fresh.iterdir()) == []
@@ -347,7 +356,6 @@ def test_tfrecord_is_read_in_the_order_of_its_shards(fresh):
     assert datasets.load("mnist", "train[2:4]").labels.tolist() == [3, 4]
     assert datasets.load("mnist", "train[-20%:]").labels.tolist() == [5]
     assert datasets.load("mnist", "train[1shard]").labels.tolist() == [4, 5]
-    assert datasets.info("mnist").split_sizes == {"train": 5}
 
 
 @pytest.mark.parametrize("cut", [1, 30])
@@ -374,7 +382,7 @@ def test_images_of_several_sizes_and_missing_labels_are_refused(fresh):
     extra = {"image/filename": "cat.png"}
     shards = [[(colour, 0), (colour, 1)]]
     folder = write_tfrecord_set(fresh, "cats_vs_dogs", "4.0.1", shards, extra)
-    assert datasets.info("cats_vs_dogs").image_shape == (8, 9, 3)
+    assert datasets.load("cats_vs_dogs", "train").images.shape == (2, 8, 9, 3)
     shutil.rmtree(folder)
     shards = [[(colour, 0), (colour[:5], 1)]]
     write_tfrecord_set(fresh, "cats_vs_dogs", "4.0.1", shards, extra)
@@ -396,7 +404,7 @@ def test_a_set_that_another_process_prepares_meanwhile_is_used(fresh, capfd):
     late = builders.create("digits", fresh)
     expected = datasets.load("digits", "test")
     capfd.readouterr()
-    found = builders.decode(builders.prepare("digits", late, None), "test")
+    found = decoding.decode(preparation.prepare("digits", late, None), "test")
     np.testing.assert_array_equal(found[0], expected.images)
     assert capfd.readouterr().err == ""
 
@@ -404,7 +412,7 @@ def test_a_set_that_another_process_prepares_meanwhile_is_used(fresh, capfd):
 def test_a_split_is_decoded_once(fresh, monkeypatch):
     write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
     first = datasets.load("mnist", "train")
-    monkeypatch.setattr(builders, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(decoding, "decode", lambda *_: pytest.fail("decoded again"))
     second = datasets.load("mnist", "train")
     np.testing.assert_array_equal(first.images, second.images)
     np.testing.assert_array_equal(first.labels, second.labels)

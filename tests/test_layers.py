@@ -57,14 +57,24 @@ def test_conv_in_bfloat16_sums_in_float32(channels):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 12])
-def test_blocks_divide_the_batch(monkeypatch, batch):
+def test_blocks_of_the_batch(monkeypatch, batch):
     monkeypatch.setattr(layers, "_UNSPLIT_BYTES", 0)
     x, kernel = normal(0, (batch, 6, 6, 16)), normal(1, (3, 3, 16, 8))
     bytes_per_image = 6 * 6 * (3 * 16 + 8) * 4
     monkeypatch.setattr(layers, "_BLOCK_BYTES", 5 * bytes_per_image)
     assert_same_conv(x, kernel, "VALID", 4e-6)
     blocks = layers._plan(x, kernel)[2](x)
-    assert blocks.shape[1] == {1: 1, 7: 1, 12: 4}[batch]
+    # Five fit; a batch of 7, which only 1 divides, is filled up to two blocks of 5.
+    assert blocks.shape[1] == {1: 1, 7: 5, 12: 4}[batch]
+
+
+def test_an_empty_batch():
+    assert layers.conv(jnp.zeros((0, 8, 8, 3)), normal(1, (3, 3, 3, 4)), "VALID").shape == (
+        0,
+        6,
+        6,
+        4,
+    )
 
 
 def test_conv_is_lowered_for_each_platform():

@@ -52,6 +52,7 @@ def test_overrides_reach_the_configuration(monkeypatch):
         (["--config.learning_rate=fast"], "learning_rate='fast' must be a number"),
         (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
         (["stray"], "'stray' is no flag"),
+        (["--flagfile=nowhere"], "nowhere"),
     ],
 )
 def test_a_bad_flag_is_one_sentence(monkeypatch, args, message):
@@ -102,6 +103,9 @@ def test_train_evaluate_and_train_again(data_dir, tmp_path):
     assert re.fullmatch(r"Test accuracy: \d+\.\d\d% \(\d+ of 297 right\)", lines[7])
     assert re.fullmatch(r"Error: \d+\.\d\d%", lines[8])
 
+    assert [line.split()[0] for line in lines[9:]] == ["evaluate", "predict", "resume"]
+    assert lines[11].split()[1:] == ["python", "-m", "mnist_flax.main", *args]
+
     scored = run(run_dir, module="evaluate")
     assert scored.returncode == 0, scored.stderr
     assert scored.stdout.splitlines()[1:] == lines[6:9]
@@ -139,6 +143,8 @@ def test_no_network_and_no_mnist_names_three_ways_out(tmp_path, monkeypatch):
     # A proxy that refuses at once stands for a missing network, wherever this runs.
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     done = run("--config=configs/larger.py", f"--workdir={tmp_path}/run")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -152,7 +158,9 @@ def test_no_network_and_no_mnist_names_three_ways_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_run_and_says_how_to_go_on(data_dir, tmp_path, signum):
     run_dir = tmp_path / "run"
-    args = (LARGER, "--config.epochs=500", f"--workdir={run_dir}")
+    # One signal meets each way to write a flag.
+    workdir = [f"--workdir={run_dir}"] if signum == signal.SIGINT else ["--workdir", run_dir]
+    args = (LARGER, "--config.epochs=500", *map(str, workdir))
     process = subprocess.Popen(
         command(*args), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -164,9 +172,7 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(data_dir, tmp_path, signum
     assert process.returncode == 128 + signum
     name = signal.Signals(signum).name
     assert stderr.splitlines()[0] == f"stopped by {name} and saved; go on with"
-    resume = stderr.splitlines()[1].split()
-    assert resume[:3] == ["python", "-m", "mnist_flax.main"]
-    assert set(resume[3:]) == set(args)
+    assert stderr.splitlines()[1].split() == ["python", "-m", "mnist_flax.main", *args]
     steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir())
     assert steps[-1] >= 2 * 47
 

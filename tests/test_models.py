@@ -100,7 +100,6 @@ LAYERS = {
 }
 # Rates after the convolutions and after the hidden dense layers.
 DROPOUT = {
-    "convnet": (0, 0),
     "double_conv_3x3": (0.25, 0.5),
     "double_conv_5x5": (0.25, 0.5),
     "single_conv_5x5": (0.25, 0.5),
@@ -183,10 +182,22 @@ def test_weights_start_as_in_keras(name):
         assert abs(kernel.mean()) < tolerance * limit
 
 
-@pytest.mark.parametrize("name", DROPOUT)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_dropout_rates(name):
+    found = []
+
+    def note(next_call, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout):
+            found.append((args[0].ndim, context.module.rate, context.module.deterministic))
+        return next_call(*args, **kwargs)
+
     model = models.create(name)
-    assert (model.conv_dropout, model.dense_dropout) == DROPOUT[name]
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    with nn.intercept_methods(note):
+        jax.eval_shape(partial(model.init, train=True), rngs, jnp.zeros((1, 28, 28, 1)))
+    after_convs, after_dense = DROPOUT.get(name, (0, 0))
+    expected = [(4, after_convs, False), (2, after_dense, False)]
+    assert found == [drop for drop in expected if drop[1]]
 
 
 def test_dropout_acts_in_training_alone():

@@ -57,11 +57,40 @@ def test_where_the_data_lies_may_change(tmp_path):
     rundir.check(tmp_path, config)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"bach_size": 3}', '{"batch_size": "many"}'])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"bach_size": 3}', '{"batch_size": "many"}'])
 def test_a_damaged_configuration_is_said(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json is damaged or of another version"):
+    with pytest.raises(UserError, match="config.json is damaged, of another version or no run's"):
         rundir.read_config(tmp_path)
+
+
+def test_a_folder_with_somebody_elses_config_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="no run's"):
+        rundir.check(tmp_path, config_lib.default())
+
+
+def test_names_that_the_system_refuses_are_said(tmp_path):
+    with pytest.raises(UserError, match="cannot be used"):
+        rundir.check(tmp_path / ("long" * 100), config_lib.default())
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="is a link to nowhere"):
+        rundir.check(tmp_path / "link", config_lib.default())
+
+
+def test_a_start_that_was_killed_can_be_repeated(tmp_path):
+    (tmp_path / "config.json.tmp").write_text("{")
+    rundir.check(tmp_path, config_lib.default())
+
+
+def test_damaged_records_are_said(tmp_path):
+    (tmp_path / "summary.json").write_text('{"test_')
+    with pytest.raises(UserError, match=r"summary.json is damaged .* delete it to score"):
+        rundir.read_summary(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n')
+    with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+        rundir.start_metrics(tmp_path, 5)
 
 
 def test_what_is_no_run_is_said(tmp_path):

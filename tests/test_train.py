@@ -214,6 +214,39 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, m
     assert trained.load(tmp_path / "run").step == 6
 
 
+def test_the_best_is_not_chosen_by_images_of_the_test_set(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train.checkpoint, "save", lambda *args: saved.append(args[3]))
+    config = small_config(epochs=1)
+    config.data.watch_split = "test[:10%]"
+    train.train_and_evaluate(config, tmp_path / "part of the test set")
+    assert saved == [None]
+
+
+def test_the_state_is_donated_to_the_next_piece():
+    config = small_config()
+    data = train.load_data(config)
+    model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
+    state = train.initial_state(config, model, tx, (28, 28, 1))
+    programs = train.compile_programs(config, model, tx, state, data)
+    after, _ = programs.train(state, np.zeros((6, 16), np.int32))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch):
+    compile_programs = train.compile_programs
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return compile_programs(*args)
+
+    monkeypatch.setattr(train, "compile_programs", interrupted)
+    with pytest.raises(signals.Stopped, match="SIGTERM"):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert rundir.read_metrics(tmp_path / "run") == []
+
+
 def test_a_learning_rate_too_high_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match=r"diverged in epoch 1.*lower learning_rate than 1e\+30"):
         train.train_and_evaluate(small_config(learning_rate=1e30), tmp_path / "run")
@@ -259,7 +292,7 @@ def test_an_epoch_of_mnist_learns_to_read_digits(mnist, tmp_path):
 @pytest.mark.parametrize(
     ("steps", "every", "length"),
     [(47, 0, 47), (300, 0, 15), (938, 0, 67), (110, 0, 10), (6750, 0, 375), (1009, 0, 50)]
-    + [(300, 10, 10), (300, 7, 10), (47, 4, 4)],
+    + [(300, 10, 10), (300, 100, 20), (300, 7, 7), (300, 101, 101), (300, 999, 15), (47, 4, 4)],
 )
 def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
     config = small_config(batch_size=10, **{"checkpoint.every_steps": every})

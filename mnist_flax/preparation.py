@@ -1,0 +1,130 @@
+"""Preparing a data set in TFDS's folder; `digits` and the MNIST family without TensorFlow."""
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import urljoin
+
+import requests
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
+
+from mnist_flax import builders
+from mnist_flax.errors import UserError
+
+
+def prepare(
+    name: str, builder: tfds.core.DatasetBuilder, manual_dir: Path | None
+) -> tfds.core.DatasetBuilder:
+    """Prepares a data set in `builder`'s data folder and returns a builder that reads it.
+
+    Everything is written in a folder of this process's own and moved into place in one step, so
+    that a failure leaves nothing half-written, and of two processes the later one's work is
+    dropped. TFDS alone has neither: its folder's name is drawn from `random`, which two seeded
+    processes share, and the second to finish fails.
+
+    Raises:
+      UserError: no network, a wrong file, a folder that cannot be written, TensorFlow needed.
+    """
+    root, target = Path(builder.data_dir_root), Path(builder.data_dir)
+    occupied = target.exists() and any(target.iterdir())
+    if builders.is_prepared(builder):  # by another process, since `builder` was made
+        return builders.create(name, root)
+    if occupied:
+        raise UserError(f"{target} is not a prepared data set: delete this folder and run again")
+    if manual_dir is not None:
+        _check_gz_files(builder, manual_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix="incomplete.", dir=root)
+    except OSError as error:
+        raise UserError(
+            f"the data folder {root} cannot be written ({builders.short(error)}): "
+            "set TFDS_DATA_DIR to a folder that can"
+        ) from error
+    print(f"preparing {builder.info.full_name} in {root}", file=sys.stderr, flush=True)
+    try:
+        with scratch as folder:
+            _prepare_in(Path(folder), name, target, manual_dir)
+    except OSError as error:
+        if not builders.is_prepared(builder):  # by another process, which was first
+            raise UserError(builders.explain(name, "prepare", error)) from error
+    return builders.create(name, root)
+
+
+def _prepare_in(scratch: Path, name: str, target: Path, manual_dir: Path | None) -> None:
+    writer = builders.create(name, scratch)
+    in_family = name in builders.MNIST_FAMILY
+    if in_family and manual_dir is None:
+        manual_dir = _download_gz_files(writer, scratch / "gz")
+    # What other sets download is large, and worth keeping for the next try.
+    keep = scratch if in_family or name == "digits" else scratch.parent
+    _download_and_prepare(writer, keep / "downloads", manual_dir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(writer.data_dir, target)
+
+
+def _download_and_prepare(
+    builder: tfds.core.DatasetBuilder, downloads: Path, manual_dir: Path | None
+) -> None:
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+    try:
+        # TFDS tries a dead connection ten times, waiting ever longer: over three minutes.
+        with builders.quiet(), tfds.core.utils.temporary_assignment(downloader, "MAX_RETRIES", 0):
+            builder.download_and_prepare(
+                file_format="array_record", download_dir=downloads, download_config=config
+            )
+    except requests.RequestException as error:
+        raise UserError(_offline(builder.name, error)) from error
+    except Exception as error:
+        raise UserError(builders.explain(builder.name, "prepare", error)) from error
+
+
+def _download_gz_files(builder: tfds.core.DatasetBuilder, folder: Path) -> Path:
+    """Downloads the four files; not through TFDS, which waits for a silent server for ever."""
+    folder.mkdir()
+    try:
+        for file in builders.GZ_NAMES:
+            with requests.get(urljoin(builder.URL, file), timeout=10) as response:
+                response.raise_for_status()
+                (folder / file).write_bytes(response.content)
+    except requests.RequestException as error:
+        raise UserError(_offline(builder.name, error)) from error
+    _check_gz_files(builder, folder)
+    return folder
+
+
+def _check_gz_files(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
+    """Raises UserError unless `folder` holds the four files with the checksums TFDS knows."""
+    files = f"the manual folder must hold {', '.join(builders.GZ_NAMES)}"
+    if not folder.is_dir():
+        raise UserError(f"the manual folder {folder} does not exist: {files}")
+    for file in builders.GZ_NAMES:
+        path, url = folder / file, urljoin(builder.URL, file)
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {files}, as downloaded from {builder.URL}")
+        with path.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        expected = builder.url_infos[url].checksum
+        if found != expected:
+            raise UserError(
+                f"{path} is not the official file of {builder.name}, or not all of it (SHA-256 "
+                f"{expected} expected, {found} found): download it again from {url}, or name "
+                f"another folder with --config.data.manual_dir or MNIST_FLAX_MANUAL_DIR"
+            )
+
+
+def _offline(name: str, error: Exception) -> str:
+    manual = (
+        "put the four files in a folder and name it with --config.data.manual_dir=DIR or "
+        f"MNIST_FLAX_MANUAL_DIR ({', '.join(builders.GZ_NAMES)}), "
+        if name in builders.MNIST_FAMILY
+        else ""
+    )
+    return (
+        f"{name} is not prepared here and could not be downloaded ({builders.short(error)}): "
+        f"train on the embedded data with --config=<recipe>.py:digits, {manual}or set "
+        "TFDS_DATA_DIR to a folder where TFDS has prepared it"
+    )
