@@ -7,7 +7,6 @@ Without --workdir the run folder is runs/NAME-TIME. The same command on the same
 """
 
 import re
-import shlex
 import sys
 import time
 
@@ -26,15 +25,16 @@ def main() -> None:
             print(f"  {key}={value}")
         return
     config, workdir = parse(sys.argv)
-    command = ["python", "-m", "mnist_flax.main", *sys.argv[1:]]
+    args = sys.argv[1:]
     if workdir is None:
         workdir = f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        command.append(f"--workdir={workdir}")
+        args.append(f"--workdir={workdir}")
+    command = report.command("main", *args)
     try:
         train.train_and_evaluate(config, workdir)
-        report.resume(shlex.join(command))
+        report.resume(command)
     except signals.Stopped as stop:
-        report.stopped(str(stop), shlex.join(command))
+        report.stopped(str(stop), command)
         sys.exit(128 + stop.signum)
 
 

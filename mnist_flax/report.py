@@ -96,14 +96,21 @@ def result(summary: dict[str, Any], run_dir: Path) -> None:
             "count": summary["test_examples"],
         }
     )
-    folder = shlex.quote(str(run_dir))
-    print(f"{'evaluate':<11} python -m mnist_flax.evaluate {folder}")
-    print(f"{'predict':<11} python -m mnist_flax.predict {folder} IMAGE.png", flush=True)
+    print(f"{'evaluate':<11} {command('evaluate', str(run_dir))}")
+    print(f"{'predict':<11} {command('predict', str(run_dir), 'IMAGE.png')}", flush=True)
 
 
-def resume(command: str) -> None:
-    """The command that would go on with a run, had it been stopped."""
-    print(f"{'resume':<11} {command}", flush=True)
+def resume(resuming_command: str) -> None:
+    """The command that goes on with a run, were it stopped."""
+    print(f"{'resume':<11} {resuming_command}", flush=True)
+
+
+def command(module: str, *args: str) -> str:
+    """What to type to run one of this package's programs as this process is run."""
+    executable = Path(sys.executable)
+    inside = executable.is_relative_to(Path.cwd())
+    python = str(executable.relative_to(Path.cwd())) if inside else "python"
+    return shlex.join([python, "-m", f"mnist_flax.{module}", *args])
 
 
 def finished_before(run_dir: Path) -> None:
@@ -111,6 +118,6 @@ def finished_before(run_dir: Path) -> None:
     print(f"The run in {run_dir} is finished; nothing is left to do. Its result:")
 
 
-def stopped(message: str, command: str) -> None:
+def stopped(message: str, resuming_command: str) -> None:
     """How to go on after a signal."""
-    print(f"{message} and saved; go on with\n  {command}", file=sys.stderr, flush=True)
+    print(f"{message} and saved; go on with\n  {resuming_command}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_flax import main
+from mnist_flax import main, report
 from mnist_flax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -104,7 +104,7 @@ def test_train_evaluate_and_train_again(data_dir, tmp_path):
     assert re.fullmatch(r"Error: \d+\.\d\d%", lines[8])
 
     assert [line.split()[0] for line in lines[9:]] == ["evaluate", "predict", "resume"]
-    assert lines[11].split()[1:] == ["python", "-m", "mnist_flax.main", *args]
+    assert lines[11].split()[2:] == ["-m", "mnist_flax.main", *args]
 
     scored = run(run_dir, module="evaluate")
     assert scored.returncode == 0, scored.stderr
@@ -172,9 +172,17 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(data_dir, tmp_path, signum
     assert process.returncode == 128 + signum
     name = signal.Signals(signum).name
     assert stderr.splitlines()[0] == f"stopped by {name} and saved; go on with"
-    assert stderr.splitlines()[1].split() == ["python", "-m", "mnist_flax.main", *args]
+    assert stderr.splitlines()[1].split()[1:] == ["-m", "mnist_flax.main", *args]
     steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir())
     assert steps[-1] >= 2 * 47
+
+
+def test_printed_commands_are_those_of_this_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", str(tmp_path / ".venv/bin/python"))
+    arguments = "-m mnist_flax.predict 'my run' 7.png"
+    assert report.command("predict", "my run", "7.png") == f"python {arguments}"
+    monkeypatch.chdir(tmp_path)
+    assert report.command("predict", "my run", "7.png") == f".venv/bin/python {arguments}"
 
 
 def test_evaluate_of_no_run_exits_with_2(tmp_path):
