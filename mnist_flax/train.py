@@ -111,6 +111,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         return summary
 
     data = load_data(config)
+    if config.batch_size > len(data.train.labels):
+        raise UserError(
+            f"batch_size={config.batch_size} is more than the {len(data.train.labels)} examples "
+            f"of {config.data.train_split}: use at most that many"
+        )
     image_shape = data.train.images.shape[1:]
     model = create_model(config, data.num_classes)
     tx = create_optimizer(config, len(data.train.labels))

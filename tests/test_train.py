@@ -318,6 +318,14 @@ def test_an_epoch_of_mnist_learns_to_read_digits(mnist, tmp_path):
     assert summary["test_accuracy"] > 0.965
 
 
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"batch_size=91 is more than the 90 examples of train\[:90"
+    ):
+        train.train_and_evaluate(small_config(batch_size=91), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("steps", "every", "length"),
     [(47, 0, 47), (300, 0, 15), (938, 0, 67), (110, 0, 10), (6750, 0, 375), (1009, 0, 50)]
