@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -9,12 +10,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from urllib.parse import urljoin
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
+from tensorflow_datasets.core.download.checksums import UrlInfo
 
 from mnist_flax import builders, datasets, decoding, preparation
 from mnist_flax.errors import UserError
@@ -464,3 +467,32 @@ def test_a_cache_that_cannot_be_written_costs_one_warning(fresh):
             found = datasets.load("mnist", "train")
     assert found.labels.tolist() == [1, 2, 3, 4, 5]
     assert ["not kept" in str(warning.message) for warning in said] == [True]
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
+def test_the_rest_of_the_mnist_family_is_prepared_from_its_files(
+    fresh, tmp_path, monkeypatch, name
+):
+    rng = np.random.default_rng(0)
+    builder_class = builders._idx_builder_class(name)
+    examples, url_infos = {}, {}
+    for split, size in (("train", 12), ("test", 5)):
+        images = rng.integers(0, 256, (size, 28, 28), np.uint8)
+        labels = rng.integers(0, 10, size, np.uint8)
+        examples[split] = {(i.tobytes(), int(k)) for i, k in zip(images, labels, strict=True)}
+        image_file, label_file = builders.IDX_FILES[split]
+        headers = struct.pack(">4I", 0x803, size, 28, 28), struct.pack(">2I", 0x801, size)
+        for file, header, array in zip(
+            (image_file, label_file), headers, (images, labels), strict=True
+        ):
+            content = gzip.compress(header + array.tobytes())
+            (tmp_path / file).write_bytes(content)
+            url_infos[urljoin(builder_class.URL, file)] = UrlInfo(
+                len(content), hashlib.sha256(content).hexdigest(), file
+            )
+    # The real files are not at hand; what stands in for them has checksums of its own.
+    monkeypatch.setattr(builder_class, "url_infos", url_infos)
+    for split, expected in examples.items():
+        found = datasets.load(name, split, manual_dir=str(tmp_path))
+        pairs = zip(found.images[..., 0], found.labels, strict=True)
+        assert {(image.tobytes(), int(label)) for image, label in pairs} == expected

@@ -319,9 +319,7 @@ def test_an_epoch_of_mnist_learns_to_read_digits(mnist, tmp_path):
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
-    with pytest.raises(
-        UserError, match="batch_size=91 is more than the 90 examples"
-    ):
+    with pytest.raises(UserError, match="batch_size=91 is more than the 90 examples"):
         train.train_and_evaluate(small_config(batch_size=91), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
