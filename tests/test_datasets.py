@@ -323,7 +323,7 @@ def test_two_processes_may_prepare_at_once(fresh):
         )
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate() for process in processes]
     expected = str(load_digits().target[1500:].sum())
     assert [out.strip() for out, _ in outputs] == [expected] * 2, outputs
     assert {path.name for path in fresh.iterdir()} == {"digits", "mnist_flax_cache"}
