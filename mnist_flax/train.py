@@ -241,8 +241,12 @@ def initial_state(
     image_shape: tuple[int, int, int],
 ) -> TrainState:
     """The state before the first step, determined by `config.seed`."""
-    # Jitted, as Linen's initialisation run op by op compiles a program for each op.
-    create = jax.jit(partial(state_lib.create, model=model, tx=tx, image_shape=image_shape))
+    # Jitted, as Linen's initialisation run op by op compiles a program for each op; and barely
+    # optimised, as it runs once: compiling it well takes two seconds longer.
+    create = jax.jit(
+        partial(state_lib.create, model=model, tx=tx, image_shape=image_shape),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
     return create(np.uint32(config.seed))
 
 
