@@ -1,26 +1,37 @@
-"""Measures training speed: images/s, time to the first step, compile time and peak memory.
+"""Training speed beside what a user would pick instead: Keras, PyTorch and a plain Flax loop.
 
-    python -m benchmarks.throughput                       # every recipe; what the README shows
-    python -m benchmarks.throughput --recipes larger --repetitions 5
+    python -m benchmarks.throughput                                  # what the README shows
+    python -m benchmarks.throughput --networks larger --peers torch keras-tf
+    python -m benchmarks.throughput --device gpu
 
-Each measurement is a process of its own, as a user starts it, on MNIST at the recipe's batch
-size; the recipes take turns, so that a slow spell of the machine meets them all. Clocks stop
-when the device has finished. MNIST must be prepared (training a recipe once does that).
+Every peer trains the same network (the parameters are counted) with the same optimiser on the
+same batches of MNIST, in a process of its own. The processes of a network take turns, so that a
+slow spell of the machine meets them all; a turn's clock stops when the device has finished. A
+peer whose loss does not fall is an error. `pip install ".[bench]"` brings the peers; MNIST must
+have been prepared, which training a recipe once does.
 """
 
 import argparse
-import importlib.util
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import numpy as np
+
+from benchmarks import hardware, recipes
+from mnist_flax import batches, cli, datasets, models
+from mnist_flax.errors import UserError
+
 RESULTS = Path(__file__).parent / "results"
-RECIPES = (
+NETWORKS = (
     "larger",
     "baseline",
     "convnet",
@@ -29,111 +40,264 @@ RECIPES = (
     "double_conv_5x5",
     "branched",
 )
+OURS = "mnist_flax"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=10, help="training time to measure, each")
-    parser.add_argument("--child", nargs=2, metavar=("RECIPE", "START"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        recipe, started = args.child
-        print(json.dumps(measure(recipe, float(started), args.seconds)))
-        return
-    runs = {recipe: [] for recipe in args.recipes}
-    for repetition in range(args.repetitions):
-        for recipe in args.recipes:
-            command = [sys.executable, "-m", "benchmarks.throughput", f"--seconds={args.seconds}"]
-            command += ["--child", recipe, str(time.time())]
-            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-            runs[recipe].append(json.loads(done.stdout.splitlines()[-1]))
-            speed = runs[recipe][-1]["images_per_second"]
-            print(
-                f"{repetition + 1}/{args.repetitions} {recipe}: {speed:,.0f} images/s", flush=True
+@dataclass(frozen=True)
+class Kind:
+    """Which of `benchmarks.peers` to run, how, and what it needs."""
+
+    module: str
+    variant: str = ""
+    packages: tuple[str, ...] = ()
+    backend: str = ""
+    device: str | None = None
+
+
+PEERS = {
+    OURS: Kind("ours"),
+    "flax-loop": Kind("flax_loop"),
+    "keras-tf": Kind("keras_fit", "", ("keras", "tensorflow"), "tensorflow"),
+    "keras-tf-jit": Kind("keras_fit", "jit", ("keras", "tensorflow"), "tensorflow"),
+    "keras-tf-steps": Kind("keras_fit", "steps", ("keras", "tensorflow"), "tensorflow"),
+    "keras-jax": Kind("keras_fit", "", ("keras",), "jax"),
+    "torch": Kind("torch_loop", "eager", ("torch",)),
+    "torch-channels-last": Kind("torch_loop", "channels_last", ("torch",)),
+    "torch-compile": Kind("torch_loop", "compile", ("torch",)),
+    "torch-cudagraphs": Kind("torch_loop", "cudagraphs", ("torch",), device="gpu"),
+}
+PACKAGES = (OURS, "jax", "flax", "optax", "keras", "tensorflow", "torch", "numpy")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all for the device")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns of each peer")
+    parser.add_argument("--seconds", type=float, default=3, help="training time in a turn")
+    parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    args = parser.parse_args(argv)
+
+    # Ours is always measured: the ratios are to it.
+    peers = {OURS: None} | dict.fromkeys(args.peers or PEERS)
+    peers = [peer for peer in peers if PEERS[peer].device in (None, args.device)]
+    needs = [("the plot", "matplotlib")]
+    needs += [(peer, package) for peer in peers for package in PEERS[peer].packages]
+    for what, package in needs:
+        if installed(package) is None:
+            raise UserError(
+                f"{what} needs {package}, which is not installed: run `pip install '.[bench]'`"
+                + (", or name other peers with --peers" if what in PEERS else "")
             )
-    write(runs)
+    args.results.mkdir(parents=True, exist_ok=True)
+    file = args.results / f"throughput_{args.device}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for network in args.networks:
+        results[network] = {
+            "measured": time.strftime("%Y-%m-%d"),
+            "batch_size": recipes.config(network).batch_size,
+            "hardware": hardware.describe(args.device),
+            "versions": {package: installed(package) for package in PACKAGES},
+            "peers": measure(network, peers, args),
+        }
+        # After each network, so that a long run that is stopped keeps what it has.
+        results = {name: results[name] for name in NETWORKS if name in results}
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        file.with_suffix(".md").write_text(table(results))
+        plot(results, file.with_suffix(".png"))
 
 
-def measure(recipe: str, started: float, seconds: float) -> dict[str, object]:
-    """One measurement in this process, which was started at `started` (Unix time)."""
-    import jax
+def measure(network: str, peers: list[str], args: argparse.Namespace) -> dict[str, dict]:
+    """Starts the peers' processes, lets them take turns, and returns what each reported."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        write_job(Path(folder), network, args.dataset, args.device)
+        workers, reports = {}, {}
+        for peer in peers:
+            workers[peer] = stack.enter_context(start(peer, Path(folder), args.device))
+            # One after the other: two that compile at once would slow each other down.
+            ready = receive(workers[peer], peer, Path(folder))
+            reports[peer] = ready | {"images_per_second": []}
+            log(f"{network}: {peer} is ready, {reports[peer]['first_step_seconds']:.1f} s")
+        for turn in range(args.repetitions):
+            for peer, worker in workers.items():
+                worker.stdin.write(f"{args.seconds}\n")
+                worker.stdin.flush()
+                measured = receive(worker, peer, Path(folder))["images_per_second"]
+                reports[peer]["images_per_second"].append(measured)
+                log(f"{network}: {turn + 1}/{args.repetitions} {peer} {measured:,.0f} images/s")
+        for peer, worker in workers.items():
+            worker.stdin.close()
+            reports[peer] |= receive(worker, peer, Path(folder))
+    check(reports)
+    return reports
 
-    from mnist_flax import batches, environment, train
 
-    spec = importlib.util.spec_from_file_location(recipe, ROOT / "configs" / f"{recipe}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-
-    data = train.load_data(config)
-    model = train.create_model(config, data.num_classes)
-    tx = train.create_optimizer(config, len(data.train.labels))
-    clock = time.perf_counter()
-    state = train.initial_state(config, model, tx, data.train.images.shape[1:])
-    programs = train.compile_programs(config, model, tx, state, data)
-    compile_seconds = time.perf_counter() - clock
-
-    num_examples = len(data.train.labels)
-    rows = batches.train_batches(0, 0, num_examples, config.batch_size)
-    length = train.piece_length(config, num_examples)
-    ready = time.time() - started
-    state, _ = jax.block_until_ready(programs.train(state, rows[:length]))
-
-    speeds = []
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < seconds:
-        clock = time.perf_counter()
-        state, metrics = jax.block_until_ready(programs.train(state, rows[:length]))
-        speeds.append(int(metrics.count) / (time.perf_counter() - clock))
-    steps_per_second = statistics.median(speeds) / config.batch_size
-    return {
-        "images_per_second": statistics.median(speeds),
-        "steps_per_second": steps_per_second,
+def write_job(folder: Path, network: str, dataset: str, device: str) -> None:
+    """Writes what all peers read: the network and recipe as JSON, data and batches as .npz."""
+    config = recipes.config(network)
+    model = models.create(network)
+    spec = ("convs", "dense", "conv_dropout", "dense_dropout")
+    job = {
+        "network": network,
+        "spec": {k: getattr(model, k) for k in spec} if isinstance(model, models.CNN) else None,
         "batch_size": config.batch_size,
-        # Steps run in pieces, so that the end of the first is taken from their speed.
-        "seconds_to_first_step": ready + 1 / steps_per_second,
-        "compile_seconds": compile_seconds,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "device": environment.device_name(),
-        "versions": environment.versions(),
+        "optimizer": config.optimizer,
+        "device": device,
     }
+    arrays = datasets.load(dataset, "train")
+    # Full batches only, which no peer must pad.
+    count = len(arrays.labels) // config.batch_size * config.batch_size
+    rows = batches.train_batches(0, 0, count, config.batch_size)
+    (folder / "job.json").write_text(json.dumps(job))
+    images, labels = arrays.images[:count], arrays.labels[:count]
+    np.savez(folder / "data.npz", images=images, labels=labels, rows=rows)
 
 
-def write(runs: dict[str, list[dict]]) -> None:
-    """Writes all measurements as JSON and their medians as a table."""
-    device = next(iter(runs.values()))[0]["device"]
-    name = "throughput_" + ("cpu" if device.startswith("cpu") else "gpu")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(runs, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(table(runs))
-
-
-def table(runs: dict[str, list[dict]]) -> str:
-    """Medians over the repetitions as Markdown, with the spread of the speed."""
-    lines = [
-        "| recipe | batch | images/s (lowest to highest) | steps/s | command to first step "
-        "| of which compiling | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for recipe, measured in runs.items():
-
-        def median(key, measured=measured):
-            return statistics.median(run[key] for run in measured)
-
-        speeds = sorted(run["images_per_second"] for run in measured)
-        lines.append(
-            f"| `{recipe}` | {measured[0]['batch_size']} | {median('images_per_second'):,.0f} "
-            f"({speeds[0]:,.0f} to {speeds[-1]:,.0f}) | {median('steps_per_second'):,.1f} | "
-            f"{median('seconds_to_first_step'):.1f} s | "
-            f"{median('compile_seconds'):.1f} s | {median('peak_memory_mib'):,.0f} MiB |"
+def start(peer: str, folder: Path, device: str) -> subprocess.Popen:
+    """A worker process of the peer, on the device; its stderr goes to a file in the folder."""
+    kind = PEERS[peer]
+    env = os.environ | {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        # On a GPU several processes share the memory.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
+    if kind.backend:
+        env["KERAS_BACKEND"] = kind.backend
+    if device == "cpu":
+        env |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, "-m", "benchmarks.worker", str(folder), kind.module, kind.variant]
+    with open(folder / f"{peer}.log", "w") as log_file:
+        return subprocess.Popen(
+            [*command, str(time.time())],
+            cwd=recipes.ROOT,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log_file,
+            text=True,
         )
-    run = next(iter(runs.values()))[0]
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    count = len(next(iter(runs.values())))
-    return "\n".join(lines) + f"\n\nMedians of {count} runs; {run['device']}; {versions}.\n"
+
+
+def receive(worker: subprocess.Popen, peer: str, folder: Path) -> dict:
+    """The worker's next report; raises SystemExit with its stderr if it died."""
+    for line in worker.stdout:
+        # A framework may print lines of its own.
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit((folder / f"{peer}.log").read_text() + f"\n{peer} failed, as said above")
+
+
+def check(reports: dict[str, dict]) -> None:
+    """Raises SystemExit unless all trained the same network, and trained it indeed."""
+    for peer, report in reports.items():
+        if report["parameters"] != reports[OURS]["parameters"]:
+            raise SystemExit(f"{peer} trained another network: {report['parameters']} parameters")
+        if not report["loss_after"] < report["loss_before"]:
+            raise SystemExit(
+                f"{peer} did not learn: its loss went from {report['loss_before']:.3f} to "
+                f"{report['loss_after']:.3f}"
+            )
+
+
+def speed(reports: dict[str, dict], peer: str) -> float:
+    """Median images/s."""
+    return statistics.median(reports[peer]["images_per_second"])
+
+
+def best_peer(reports: dict[str, dict]) -> str | None:
+    """The fastest but for ours; None if ours ran alone."""
+    others = [peer for peer in reports if peer != OURS]
+    return max(others, key=lambda peer: speed(reports, peer)) if others else None
+
+
+def table(results: dict[str, dict]) -> str:
+    """Ours beside the best peer, then every peer, as Markdown."""
+    lines = [
+        "| network (batch) | images/s (lowest to highest) | steps/s | best peer "
+        "| ratio to it | first step | of which compiling | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ratios = []
+    for network, result in results.items():
+        reports = result["peers"]
+        ours, best, batch = reports[OURS], best_peer(reports), result["batch_size"]
+        against = "| – | – "
+        if best:
+            ratios.append(speed(reports, OURS) / speed(reports, best))
+            against = f"| {best}, {speed(reports, best):,.0f} | **{ratios[-1]:.2f}** "
+        speeds = ours["images_per_second"]
+        memory = ours["device_memory_mib"] or ours["peak_memory_mib"]
+        lines.append(
+            f"| `{network}` ({batch}) | {speed(reports, OURS):,.0f} "
+            f"({min(speeds):,.0f} to {max(speeds):,.0f}) "
+            f"| {speed(reports, OURS) / batch:,.1f} {against}"
+            f"| {ours['first_step_seconds']:.1f} s | {ours['compile_seconds']:.1f} s "
+            f"| {memory:,.0f} MiB |"
+        )
+    if ratios:
+        mean = statistics.geometric_mean(ratios)
+        lines += ["", f"Geometric mean of the ratios: {mean:.2f}."]
+
+    names = [p for p in PEERS if any(p in result["peers"] for result in results.values())]
+    lines += [
+        "",
+        "Images a second of each, median:",
+        "",
+        "| network | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for network, result in results.items():
+        reports = result["peers"]
+        cells = [f"{speed(reports, p):,.0f}" if p in reports else "–" for p in names]
+        lines.append(f"| `{network}` | " + " | ".join(cells) + " |")
+
+    last = list(results.values())[-1]
+    turns = len(last["peers"][OURS]["images_per_second"])
+    versions = ", ".join(f"{name} {value}" for name, value in last["versions"].items() if value)
+    lines += ["", f"Medians of {turns} turns; {last['hardware']}; {versions}."]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, dict], file: Path) -> None:
+    """Bars of every peer's speed, as a share of ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [p for p in PEERS if any(p in result["peers"] for result in results.values())]
+    figure, axes = plt.subplots(figsize=(1.6 * len(results) + 2, 4.5), layout="constrained")
+    width = 0.8 / len(names)
+    for i, peer in enumerate(names):
+        have = [(j, r["peers"]) for j, r in enumerate(results.values()) if peer in r["peers"]]
+        heights = [speed(reports, peer) / speed(reports, OURS) for _, reports in have]
+        places = [j + (i - (len(names) - 1) / 2) * width for j, _ in have]
+        axes.bar(places, heights, width, label=peer, color="black" if peer == OURS else None)
+    axes.set_xticks(range(len(results)), results, rotation=15)
+    axes.set_ylabel(f"training speed, {OURS} = 1")
+    axes.legend(ncols=2, fontsize="small")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def log(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,0 +1,109 @@
+"""Keras 3 as its users train: `Model.fit` on arrays. KERAS_BACKEND chooses the backend."""
+
+import time
+
+import keras
+import numpy as np
+from keras import layers
+
+from benchmarks.peers import EPSILON, LEARNING_RATE, PROBE, RHO, Data, Job, Peer
+
+STEPS_PER_EXECUTION = 20
+
+
+def network(spec: dict | None) -> keras.Model:
+    """The network as the tutorials write it, but that it ends in logits."""
+
+    def conv(features, kernel, padding="valid"):
+        return layers.Conv2D(features, kernel, padding=padding, activation="relu")
+
+    image = keras.Input((28, 28, 1))
+    if spec is None:
+        x = layers.MaxPooling2D()(conv(32, 3, "same")(image))
+        branches = []
+        for _ in range(2):
+            y = layers.MaxPooling2D()(conv(64, 3, "same")(x))
+            branches.append(layers.MaxPooling2D()(conv(256, 3, "same")(y)))
+        x = layers.Flatten()(layers.Concatenate()(branches))
+        for features in (1000, 500):
+            x = layers.Dense(features, activation="relu")(x)
+        return keras.Model(image, layers.Dense(10)(x))
+    x = image
+    for features, kernel, pooled in spec["convs"]:
+        x = conv(features, kernel)(x)
+        x = layers.MaxPooling2D()(x) if pooled else x
+    x = layers.Dropout(spec["conv_dropout"])(x) if spec["conv_dropout"] else x
+    x = layers.Flatten()(x)
+    for features in spec["dense"]:
+        x = layers.Dense(features, activation="relu")(x)
+    x = layers.Dropout(spec["dense_dropout"])(x) if spec["dense_dropout"] else x
+    return keras.Model(image, layers.Dense(10)(x))
+
+
+class Clock(keras.callbacks.Callback):
+    """The seconds of an epoch, without what `fit` does before and after."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.begun = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds = time.perf_counter() - self.begun
+
+
+def create(job: Job, data: Data, variant: str) -> Peer:
+    model = network(job.spec)
+    optimizer = (
+        keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON)
+        if job.optimizer == "adam"
+        else keras.optimizers.RMSprop(LEARNING_RATE, rho=RHO, epsilon=EPSILON)
+    )
+    multiple = min(STEPS_PER_EXECUTION, len(data.rows)) if variant == "steps" else 1
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        steps_per_execution=multiple,
+        jit_compile=True if variant == "jit" else "auto",
+    )
+    images = (data.images / 255).astype(np.float32)
+    # The batches of the epoch, one after the other.
+    x, y = images[data.rows.ravel()], data.labels[data.rows.ravel()]
+    clock = Clock()
+
+    def run(least: int) -> tuple[int, float]:
+        steps = -(-least // multiple) * multiple
+        seconds, left = 0.0, steps
+        while left:
+            now = min(left, len(data.rows) // multiple * multiple)
+            examples = slice(0, now * job.batch_size)
+            model.fit(
+                x[examples],
+                y[examples],
+                batch_size=job.batch_size,
+                shuffle=False,
+                verbose=0,
+                callbacks=[clock],
+            )
+            seconds, left = seconds + clock.seconds, left - now
+        return steps, seconds
+
+    def loss() -> float:
+        logits = model.predict_on_batch(images[PROBE])
+        shifted = logits - logits.max(-1, keepdims=True)
+        log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        labels = data.labels[PROBE]
+        return float(-log_probabilities[np.arange(len(labels)), labels].mean())
+
+    return Peer(model.count_params(), run, loss, lambda: device_memory(job.device))
+
+
+def device_memory(device: str) -> int | None:
+    if device == "cpu":
+        return None
+    if keras.backend.backend() == "jax":
+        from benchmarks.peers.ours import device_memory
+
+        return device_memory()
+    import tensorflow as tf
+
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]

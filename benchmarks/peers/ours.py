@@ -1,0 +1,47 @@
+"""This package, as `python -m mnist_flax.main` runs it: pieces of an epoch as one program."""
+
+import time
+from itertools import count
+
+import jax
+
+from benchmarks import recipes
+from benchmarks.peers import PROBE, Data, Job, Peer
+from mnist_flax import datasets, state, train
+
+
+def create(job: Job, data: Data, variant: str) -> Peer:
+    config = recipes.config(job.network)
+    arrays = datasets.Arrays(data.images, data.labels)
+    probe = datasets.Arrays(data.images[PROBE], data.labels[PROBE])
+    # Scored on the probe only, so that nothing else is compiled.
+    splits = train.Data(train=arrays, watch=None, test=probe, num_classes=10)
+    model = train.create_model(config, splits.num_classes)
+    tx = train.create_optimizer(config, len(data.labels))
+    current = train.initial_state(config, model, tx, data.images.shape[1:])
+    parameters = state.count_parameters(current.params)
+    programs = train.compile_programs(config, model, tx, current, splits)
+
+    length = train.piece_length(config, len(data.labels))
+    pieces = [data.rows[i : i + length] for i in range(0, len(data.rows) - length + 1, length)]
+    turn = count()
+
+    def run(least: int) -> tuple[int, float]:
+        nonlocal current
+        calls = -(-least // length)
+        clock = time.perf_counter()
+        for _ in range(calls):
+            current, metrics = programs.train(current, pieces[next(turn) % len(pieces)])
+            # As the loop does, which reports after each piece.
+            jax.device_get(metrics)
+        return calls * length, time.perf_counter() - clock
+
+    def loss() -> float:
+        return programs.score_test(state.variables(current))["loss"]
+
+    return Peer(parameters, run, loss, device_memory)
+
+
+def device_memory() -> int | None:
+    """Bytes in use on the device at the peak; None on CPU, which does not count them."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -1,0 +1,107 @@
+"""PyTorch: a hand-written loop over tensors that already lie on the device."""
+
+import time
+from itertools import count
+
+import torch
+from torch import nn
+
+from benchmarks.peers import EPSILON, LEARNING_RATE, PROBE, RHO, Data, Job, Peer
+
+
+class Branched(nn.Module):
+    def __init__(self):
+        super().__init__()
+
+        def block(inputs, features):
+            conv = nn.Conv2d(inputs, features, 3, padding=1)
+            return nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2))
+
+        self.trunk = block(1, 32)
+        self.branches = nn.ModuleList(
+            nn.Sequential(block(32, 64), block(64, 256)) for _ in range(2)
+        )
+        sizes = (2 * 256 * 3 * 3, 1000, 500)
+        self.dense = nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
+        self.logits = nn.Linear(sizes[-1], 10)
+
+    def forward(self, x):
+        x = self.trunk(x)
+        x = torch.cat([branch(x) for branch in self.branches], dim=1).flatten(1)
+        for layer in self.dense:
+            x = layer(x).relu()
+        return self.logits(x)
+
+
+def network(spec: dict | None) -> nn.Module:
+    if spec is None:
+        return Branched()
+    modules, channels, size = [], 1, 28
+    for features, kernel, pooled in spec["convs"]:
+        modules += [nn.Conv2d(channels, features, kernel), nn.ReLU()]
+        channels, size = features, size - kernel + 1
+        if pooled:
+            modules, size = [*modules, nn.MaxPool2d(2)], size // 2
+    modules += [nn.Dropout(spec["conv_dropout"]), nn.Flatten()]
+    inputs = channels * size * size
+    for features in spec["dense"]:
+        modules += [nn.Linear(inputs, features), nn.ReLU()]
+        inputs = features
+    return nn.Sequential(*modules, nn.Dropout(spec["dense_dropout"]), nn.Linear(inputs, 10))
+
+
+def create(job: Job, data: Data, variant: str) -> Peer:
+    device = "cuda" if job.device == "gpu" else "cpu"
+    # TF32, as the other frameworks use on GPU by default.
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
+    torch.backends.cudnn.benchmark = True
+    layout = torch.contiguous_format if variant == "eager" else torch.channels_last
+
+    images = torch.from_numpy(data.images).permute(0, 3, 1, 2).to(device, torch.float32) / 255
+    images = images.contiguous(memory_format=layout)
+    labels = torch.from_numpy(data.labels).to(device, torch.int64)
+    rows = torch.from_numpy(data.rows).to(device, torch.int64)
+
+    model = network(job.spec).to(device, memory_format=layout)
+    parameters = sum(p.numel() for p in model.parameters())
+    optimizer = (
+        torch.optim.Adam(model.parameters(), LEARNING_RATE, eps=EPSILON, fused=True)
+        if job.optimizer == "adam"
+        else torch.optim.RMSprop(
+            model.parameters(), LEARNING_RATE, alpha=RHO, eps=EPSILON, foreach=True
+        )
+    )
+    forward = model
+    if variant == "compile":
+        forward = torch.compile(model)
+    elif variant == "cudagraphs":
+        forward = torch.compile(model, mode="reduce-overhead")
+    cross_entropy = nn.CrossEntropyLoss()
+    turn = count()
+
+    def run(steps: int) -> tuple[int, float]:
+        total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+        clock = time.perf_counter()
+        for _ in range(steps):
+            row = rows[next(turn) % len(rows)]
+            y = labels[row]
+            optimizer.zero_grad()
+            logits = forward(images[row])
+            loss = cross_entropy(logits, y)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+            correct += (logits.detach().argmax(1) == y).sum()
+        # Waits for the device.
+        total.item(), correct.item()
+        return steps, time.perf_counter() - clock
+
+    @torch.no_grad()
+    def loss() -> float:
+        model.eval()
+        value = cross_entropy(model(images[PROBE]), labels[PROBE]).item()
+        model.train()
+        return value
+
+    memory = torch.cuda.max_memory_allocated if device == "cuda" else lambda: None
+    return Peer(parameters, run, loss, memory)

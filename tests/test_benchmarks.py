@@ -1,0 +1,133 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import reproduce, throughput
+from mnist_flax import datasets, models, state
+from mnist_flax.errors import UserError
+
+SPEC_KEYS = ("convs", "dense", "conv_dropout", "dense_dropout")
+
+
+def spec_of(network):
+    """The specification as the workers read it from job.json."""
+    model = models.create(network)
+    if isinstance(model, models.Branched):
+        return None
+    return json.loads(json.dumps({key: getattr(model, key) for key in SPEC_KEYS}))
+
+
+def parameters_of(network):
+    image = jnp.zeros((1, 28, 28, 1))
+    return state.count_parameters(
+        jax.eval_shape(models.create(network).init, jax.random.key(0), image)
+    )
+
+
+@pytest.mark.parametrize("network", models.names())
+def test_the_flax_loop_has_the_same_network(network):
+    from benchmarks.peers import flax_loop
+
+    model = flax_loop.network(spec_of(network))
+    image = jnp.zeros((1, 28, 28, 1))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+    assert state.count_parameters(shapes) == parameters_of(network)
+
+
+@pytest.mark.parametrize("network", models.names())
+def test_keras_has_the_same_network(network):
+    pytest.importorskip("keras", reason="keras is not installed")
+    pytest.importorskip("tensorflow", reason="tensorflow is not installed")
+    from benchmarks.peers import keras_fit
+
+    assert keras_fit.network(spec_of(network)).count_params() == parameters_of(network)
+
+
+@pytest.mark.parametrize("network", models.names())
+def test_torch_has_the_same_network(network):
+    pytest.importorskip("torch", reason="torch is not installed")
+    from benchmarks.peers import torch_loop
+
+    model = torch_loop.network(spec_of(network))
+    assert sum(p.numel() for p in model.parameters()) == parameters_of(network)
+
+
+def report(*speeds, parameters=10, loss_after=0.5):
+    return {
+        "parameters": parameters,
+        "first_step_seconds": 4.0,
+        "compile_seconds": 3.0,
+        "loss_before": 2.3,
+        "loss_after": loss_after,
+        "peak_memory_mib": 600.0,
+        "device_memory_mib": None,
+        "images_per_second": list(speeds),
+    }
+
+
+def result(**peers):
+    return {
+        "batch_size": 100,
+        "hardware": "a machine",
+        "versions": {"jax": "1", "torch": None},
+        "peers": peers,
+    }
+
+
+def test_the_table_compares_medians_with_the_best_peer():
+    results = {
+        "larger": result(mnist_flax=report(100, 900, 800), **{"keras-tf": report(400, 1, 700)}),
+        "convnet": result(mnist_flax=report(300), torch=report(200), **{"keras-tf": report(150)}),
+    }
+    text = throughput.table(results)
+    assert "| `larger` (100) | 800 (100 to 900) | 8.0 | keras-tf, 400 | **2.00** |" in text
+    assert "| `convnet` (100) | 300 (300 to 300) | 3.0 | torch, 200 | **1.50** |" in text
+    assert "Geometric mean of the ratios: 1.73." in text  # √(2 · 1.5)
+    assert "| `larger` | 800 | 400 | – |" in text
+    assert "a machine; jax 1." in text
+
+
+def test_another_network_or_one_that_does_not_learn_is_no_result():
+    throughput.check({"mnist_flax": report(1), "torch": report(1)})
+    with pytest.raises(SystemExit, match="torch trained another network: 11"):
+        throughput.check({"mnist_flax": report(1), "torch": report(1, parameters=11)})
+    for loss in (2.3, float("nan")):
+        with pytest.raises(SystemExit, match="torch did not learn"):
+            throughput.check({"mnist_flax": report(1), "torch": report(1, loss_after=loss)})
+
+
+def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        throughput, "installed", lambda package: None if package == "torch" else "1"
+    )
+    with pytest.raises(UserError, match=r"torch needs torch.*pip install '\.\[bench\]'"):
+        throughput.main(["--peers", "torch", f"--results={tmp_path / 'results'}"])
+    assert not (tmp_path / "results").exists()
+
+
+def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path):
+    datasets.load("digits", "train")
+    arguments = "--networks larger --peers flax-loop --dataset digits --repetitions 2 --seconds 0.5"
+    throughput.main([*arguments.split(), f"--results={tmp_path}"])
+    results = json.loads((tmp_path / "throughput_cpu.json").read_text())
+    assert list(results) == ["larger"]
+    for peer in ("mnist_flax", "flax-loop"):
+        measured = results["larger"]["peers"][peer]
+        assert measured["parameters"] == 59933
+        assert len(measured["images_per_second"]) == 2
+        assert measured["loss_after"] < measured["loss_before"]
+        assert 0 < measured["compile_seconds"] < measured["first_step_seconds"]
+    assert (tmp_path / "throughput_cpu.md").read_text() == throughput.table(results)
+    assert (tmp_path / "throughput_cpu.png").stat().st_size > 10_000
+
+
+def test_the_table_of_accuracies():
+    runs = [
+        {"test_accuracy": a, "device": "cpu (2 cores)", "versions": {"jax": "1"}}
+        for a in (0.99, 0.992)
+    ]
+    text = reproduce.table({"larger": runs, "convnet": []})
+    assert "| `larger` | 99.03 % | 99.10 ± 0.14 % | 99.00 | 99.20 | 2 |" in text
+    assert "convnet" not in text
