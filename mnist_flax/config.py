@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mnist_flax import datasets, models, optim
+from mnist_flax import datasets, loaders, models, optim
 from mnist_flax.errors import UserError, nearest
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -48,6 +48,8 @@ def default() -> ConfigDict:
                 "test_split": "test",
                 # Folder with the four official .gz files; "" downloads them through TFDS.
                 "manual_dir": "",
+                # "resident": all on the device at once; "stream": decoded while training.
+                "loader": "resident",
             },
             "checkpoint": {
                 # Steps of an epoch between checkpoints, beside the one at its end; 0 for none.
@@ -118,6 +120,7 @@ def validate(config: ConfigDict) -> None:
         ("optimizer", optim.OPTIMIZERS),
         ("schedule", optim.SCHEDULES),
         ("compute_dtype", COMPUTE_DTYPES),
+        ("data.loader", loaders.NAMES),
     ):
         if given[key] not in choices:
             raise UserError(

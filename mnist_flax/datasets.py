@@ -7,10 +7,12 @@ that TFDS uses: TFDS_DATA_DIR, or else ~/tensorflow_datasets.
 
 import hashlib
 import json
+import math
 import os
 import uuid
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +29,36 @@ class Arrays(NamedTuple):
 
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int32 [N]
+
+
+class Examples(Sequence):
+    """Examples on disk, (image uint8 [H, W, C], label), decoded each time one is asked for.
+
+    Attributes:
+        image_shape: (H, W, C) of the first; another in a later one is an error then.
+    """
+
+    def __init__(self, sources: list[Sequence], image_key: str, label_key: str):
+        self._sources, self._keys = sources, (image_key, label_key)
+        self._starts = np.cumsum([0, *map(len, sources)])
+        self.image_shape = self._read(0)[0].shape
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image, label = self._read(index)
+        if image.shape != self.image_shape:
+            raise UserError(
+                f"the images differ in size ({self.image_shape} and {image.shape}): take a data "
+                "set of images of one size"
+            )
+        return image, label
+
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        example = self._sources[part][int(index - self._starts[part])]
+        return tuple(example[key] for key in self._keys)
 
 
 def check_name(name: str) -> None:
@@ -90,6 +122,50 @@ def load(name: str, split: str, manual_dir: str = "") -> Arrays:
       UserError: what `check_split` finds; a set that can be neither found, downloaded nor
         prepared; a wrong or missing file in `manual_dir`; images of several sizes.
     """
+    from mnist_flax import builders
+
+    builder = _prepared(name, split, manual_dir)
+    selected = builders.resolve(builder, split)
+    wholes = {part: _whole_split(builder, part) for part in {part for part, _, _ in selected}}
+    parts = [
+        Arrays(wholes[part].images[start:stop], wholes[part].labels[start:stop])
+        for part, start, stop in selected
+    ]
+    if len({part.images.shape[1:] for part in parts}) > 1:
+        raise UserError(f"the images of {name} differ in size: take splits of one size")
+    if len(parts) == 1:
+        return parts[0]
+    return Arrays(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def open_slice(name: str, split: str, manual_dir: str = "") -> Examples:
+    """As `load`, but an example is read and decoded only when it is asked for.
+
+    Raises:
+      UserError: as `load`; also a data set that TFDS cannot read at random.
+    """
+    from mnist_flax import builders, decoding
+
+    builder = _prepared(name, split, manual_dir)
+    return Examples(*decoding.sources(builder, builders.resolve(builder, split)))
+
+
+def image_bytes(name: str, split: str, manual_dir: str = "") -> int | None:
+    """Bytes that a slice takes as `load` gives it; None where the images' size is not declared.
+
+    Raises:
+      UserError: as `load`.
+    """
+    from mnist_flax import builders
+
+    builder = _prepared(name, split, manual_dir)
+    shape = builder.info.features[builders.feature_keys(builder)[0]].shape
+    count = sum(stop - start for _, start, stop in builders.resolve(builder, split))
+    return None if None in shape else count * math.prod(shape)
+
+
+def _prepared(name: str, split: str, manual_dir: str) -> "tfds.core.DatasetBuilder":
+    """The builder of a data set that is prepared, now or before."""
     from mnist_flax import builders, preparation
 
     check_split(name, split)
@@ -103,17 +179,7 @@ def load(name: str, split: str, manual_dir: str = "") -> Arrays:
     if not builder.info.splits:
         folder = manual_dir or (in_family and os.environ.get("MNIST_FLAX_MANUAL_DIR"))
         builder = preparation.prepare(name, builder, Path(folder).expanduser() if folder else None)
-    selected = builders.resolve(builder, split)
-    wholes = {part: _whole_split(builder, part) for part in {part for part, _, _ in selected}}
-    parts = [
-        Arrays(wholes[part].images[start:stop], wholes[part].labels[start:stop])
-        for part, start, stop in selected
-    ]
-    if len({part.images.shape[1:] for part in parts}) > 1:
-        raise UserError(f"the images of {name} differ in size: take splits of one size")
-    if len(parts) == 1:
-        return parts[0]
-    return Arrays(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return builder
 
 
 def _data_dir() -> Path:

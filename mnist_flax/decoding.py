@@ -3,7 +3,7 @@
 import itertools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,26 @@ def decode(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, n
     if labels.min() < 0:
         raise UserError(f"the split {split!r} of {builder.name} has no labels: take another split")
     return images, labels
+
+
+def sources(
+    builder: tfds.core.DatasetBuilder, selected: list[tuple[str, int, int]]
+) -> tuple[list[Sequence[dict[str, Any]]], str, str]:
+    """Random access to the (split, start, stop) selected, and the keys of image and label.
+
+    Raises:
+      UserError: the data set is prepared in a format that TFDS cannot read at random.
+    """
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if formats == {"tfrecord"}:
+        raise UserError(
+            f"{builder.name} is prepared as TFRecord, which cannot be streamed in any order: set "
+            "data.loader=resident, or prepare it with file_format='array_record'"
+        )
+    image_key, label_key = builders.feature_keys(builder)
+    with builders.quiet():
+        wanted = [builder.as_data_source(f"{part}[{a}:{b}]") for part, a, b in selected]
+    return wanted, image_key, label_key
 
 
 def _stack(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:

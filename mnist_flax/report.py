@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def header(config: ConfigDict, parameters: int, data: "Data", run_dir: Path, device: str) -> None:
     """Network, data, device and run folder, before anything slow starts."""
-    counts = [f"{len(data.train.labels):,} to train on ({config.data.train_split})"]
+    counts = [f"{data.train.size:,} to train on ({config.data.train_split})"]
     if data.watch is not None and data.watch is not data.test:
-        counts.append(f"{len(data.watch.labels):,} to watch ({config.data.watch_split})")
-    counts.append(f"{len(data.test.labels):,} to test on ({config.data.test_split})")
+        counts.append(f"{data.watch.size:,} to watch ({config.data.watch_split})")
+    counts.append(f"{data.test.size:,} to test on ({config.data.test_split})")
     lines = {
         "network": f"{config.model}, {parameters:,} parameters",
         "data": f"{config.data.name}, {', '.join(counts)}",

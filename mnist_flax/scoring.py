@@ -1,4 +1,4 @@
-"""Exact scores of a data set that lies on the device."""
+"""Exact scores of a data set."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,24 +8,35 @@ import flax.linen as nn
 import jax
 
 from mnist_flax import batches, steps
-from mnist_flax.datasets import Arrays
+from mnist_flax.loaders import Resident, Streamed
 
 _BATCH_SIZE = 500
+_PIECE = 10_000
 
 
 def compile_scorer(
-    model: nn.Module, variables: Any, arrays: Arrays
+    model: nn.Module, variables: Any, data: Resident | Streamed
 ) -> Callable[[Any], dict[str, Any]]:
-    """A compiled function from variables to {"loss", "accuracy", "count"} on `arrays`.
+    """A compiled function from variables to {"loss", "accuracy", "count"} on `data`.
 
     Every example counts once, whatever their number. `variables` may be abstract.
     """
-    arrays = jax.device_put(arrays)
-    rows = jax.device_put(batches.eval_batches(len(arrays.labels), _BATCH_SIZE))
-    epoch = (
-        jax.jit(partial(steps.eval_epoch, model=model)).lower(variables, *arrays, rows).compile()
-    )
-    return lambda variables: averages(jax.device_get(epoch(variables, *arrays, rows)))
+    rows = batches.eval_batches(data.size, _BATCH_SIZE)
+    length = max(1, min(len(rows), data.most // _BATCH_SIZE, _PIECE // _BATCH_SIZE))
+    epoch = jax.jit(partial(steps.eval_epoch, model=model))
+    by_length = {
+        n: epoch.lower(variables, *data.abstract(n, _BATCH_SIZE)).compile()
+        for n in {length, len(rows) % length} - {0}
+    }
+
+    def score(variables: Any) -> dict[str, Any]:
+        parts = [
+            jax.device_get(by_length[len(piece.rows)](variables, *piece))
+            for piece in data.pieces(rows, length)
+        ]
+        return averages(jax.tree.map(lambda *sums: sum(s.item() for s in sums), *parts))
+
+    return score
 
 
 def averages(metrics: steps.Metrics) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from mnist_flax import (
     checkpoint,
     datasets,
     environment,
+    loaders,
     models,
     optim,
     report,
@@ -31,8 +32,8 @@ from mnist_flax import (
 )
 from mnist_flax import config as config_lib
 from mnist_flax import state as state_lib
-from mnist_flax.datasets import Arrays
 from mnist_flax.errors import UserError
+from mnist_flax.loaders import Loader, Piece
 from mnist_flax.state import TrainState
 
 
@@ -70,16 +71,16 @@ class Position:
 class Data(NamedTuple):
     """The splits of a run; `watch` is None where none is watched, or `test` itself."""
 
-    train: Arrays
-    watch: Arrays | None
-    test: Arrays
+    train: Loader
+    watch: Loader | None
+    test: Loader
     num_classes: int
 
 
 class Programs(NamedTuple):
     """What a run compiles: it runs nothing else on the device."""
 
-    train: Callable[[TrainState, np.ndarray], tuple[TrainState, steps.Metrics]]
+    train: Callable[[TrainState, Piece], tuple[TrainState, steps.Metrics]]
     score_watch: Callable[[Any], dict[str, Any]] | None
     score_test: Callable[[Any], dict[str, Any]]
 
@@ -111,14 +112,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         return summary
 
     data = load_data(config)
-    if config.batch_size > len(data.train.labels):
+    if config.batch_size > data.train.size:
         raise UserError(
-            f"batch_size={config.batch_size} is more than the {len(data.train.labels)} examples "
+            f"batch_size={config.batch_size} is more than the {data.train.size} examples "
             f"of {config.data.train_split}: use at most that many"
         )
-    image_shape = data.train.images.shape[1:]
+    image_shape = data.train.image_shape
     model = create_model(config, data.num_classes)
-    tx = create_optimizer(config, len(data.train.labels))
+    tx = create_optimizer(config, data.train.size)
     state = initial_state(config, model, tx, image_shape)
 
     rundir.create(run_dir, config)
@@ -155,7 +156,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
         while position.epoch < config.epochs and not received:
             pieces = _train_pieces(config, data, programs, state, position)
-            with report.progress(position, config.epochs, len(data.train.labels)) as bar:
+            with report.progress(position, config.epochs, data.train.size) as bar:
                 for state in pieces:  # noqa: B007 - it is used after the loop
                     if not math.isfinite(position.loss_sum):
                         raise _diverged(config, "the loss", position, manager.latest_step())
@@ -166,7 +167,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
                 raise _diverged(config, "a parameter", position, manager.latest_step())
             watch_accuracy = None
-            if position.count == len(data.train.labels):
+            if position.count == data.train.size:
                 row = _score_epoch(programs, state, position)
                 if data.watch is not None and not math.isfinite(row["watch_loss"]):
                     raise _diverged(config, "the watched loss", position, manager.latest_step())
@@ -188,7 +189,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         "dataset": config.data.name,
         "model": config.model,
         "parameters": parameters,
-        "train_examples": len(data.train.labels),
+        "train_examples": data.train.size,
         "test_examples": score["count"],
         "epochs": config.epochs,
         "seed": config.seed,
@@ -196,7 +197,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         "test_accuracy": score["accuracy"],
         "wall_seconds": earlier + time.perf_counter() - began,
         "compile_seconds": position.compile_seconds,
-        "images_per_second": len(rows) * len(data.train.labels) / sum(r["seconds"] for r in rows),
+        "images_per_second": len(rows) * data.train.size / sum(r["seconds"] for r in rows),
         "device": device,
         "versions": constants["versions"],
     }
@@ -206,10 +207,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
 
 def load_data(config: ConfigDict) -> Data:
-    """The splits of a run as host arrays; equal splits share one."""
+    """The splits of a run; equal splits share one.
 
-    def load(split: str) -> Arrays:
-        return datasets.load(config.data.name, split, config.data.manual_dir)
+    Raises:
+        UserError: the data cannot be had, or does not fit into memory.
+    """
+    splits = {config.data.train_split, config.data.watch_split, config.data.test_split} - {""}
+    if config.data.loader == "resident":
+        loaders.check_memory(config.data.name, splits, config.data.manual_dir)
+
+    def load(split: str) -> Loader:
+        return loaders.create(config.data.loader, config.data.name, split, config.data.manual_dir)
 
     test = load(config.data.test_split)
     watch = None
@@ -255,18 +263,21 @@ def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
     return math.ceil(num_examples / config.batch_size)
 
 
-def piece_length(config: ConfigDict, num_examples: int) -> int:
+def piece_length(config: ConfigDict, num_examples: int, most: int) -> int:
     """Steps that run as one program, between which the host may report, save or stop.
 
-    About a twentieth of an epoch. A length that divides the epoch is preferred, since the
-    remainder would be a second program to compile. `checkpoint.every_steps` must be a multiple.
+    About a twentieth of an epoch, and no more than bring `most` examples where one step does
+    not. A length that divides the epoch is preferred, since the remainder would be a second
+    program to compile. `checkpoint.every_steps` must be a multiple.
     """
     steps, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
     length = steps if steps <= 50 else max(10, steps // 20)
+    cap = max(1, most // config.batch_size)
+    length = min(length, cap)
     if 0 < every < steps:
-        divisors = [n for n in range(1, every + 1) if every % n == 0]
+        divisors = [n for n in range(1, min(every, cap) + 1) if every % n == 0]
         return min(divisors, key=lambda n: max(n, length) / min(n, length))
-    return next((n for n in range(length, 2 * length) if steps % n == 0), length)
+    return next((n for n in range(length, min(2 * length, cap + 1)) if steps % n == 0), length)
 
 
 def compile_programs(
@@ -276,15 +287,14 @@ def compile_programs(
     state: TrainState,
     data: Data,
 ) -> Programs:
-    """Puts the data on the device and compiles everything that a run executes there."""
-    arrays = jax.device_put(data.train)
+    """Compiles everything that a run executes on the device."""
     train = jax.jit(partial(steps.train_epoch, model=model, tx=tx), donate_argnums=0)
-    steps_in_epoch = steps_per_epoch(config, len(data.train.labels))
-    length = piece_length(config, len(data.train.labels))
+    steps_in_epoch = steps_per_epoch(config, data.train.size)
+    length = piece_length(config, data.train.size, data.train.most)
     by_length = {}
     for n in {length, steps_in_epoch % length} - {0}:
-        rows = jax.ShapeDtypeStruct((n, config.batch_size), jnp.int32)
-        by_length[n] = train.lower(state, *arrays, rows).compile()
+        piece = data.train.abstract(n, config.batch_size)
+        by_length[n] = train.lower(state, *piece).compile()
 
     variables = state_lib.variables(state)
     score_test = scoring.compile_scorer(model, variables, data.test)
@@ -294,7 +304,7 @@ def compile_programs(
     elif data.watch is not data.test:
         score_watch = scoring.compile_scorer(model, variables, data.watch)
     return Programs(
-        lambda state, rows: by_length[len(rows)](state, *arrays, rows), score_watch, score_test
+        lambda state, piece: by_length[len(piece.rows)](state, *piece), score_watch, score_test
     )
 
 
@@ -306,17 +316,20 @@ def _train_pieces(
     Yields the state after each piece, when `position` has its metrics. A state is donated to
     the next piece.
     """
-    num_examples = len(data.train.labels)
+    num_examples = data.train.size
     rows = batches.train_batches(config.seed, position.epoch, num_examples, config.batch_size)
-    length, every = piece_length(config, num_examples), config.checkpoint.every_steps
-    before = position.epoch * len(rows)
-    for start in range(int(state.step) - before, len(rows), length):
-        clock = time.perf_counter()
-        state, metrics = programs.train(state, rows[start : start + length])
-        position.add(jax.device_get(metrics), time.perf_counter() - clock)
+    length = piece_length(config, num_examples, data.train.most)
+    every = config.checkpoint.every_steps
+    done = int(state.step) - position.epoch * len(rows)
+    clock = time.perf_counter()
+    for piece in data.train.pieces(rows[done:], length):
+        state, metrics = programs.train(state, piece)
+        metrics, done = jax.device_get(metrics), done + len(piece.rows)
+        position.add(metrics, time.perf_counter() - clock)
         yield state
-        if every and (start + length) % every == 0:
+        if every and done % every == 0:
             return
+        clock = time.perf_counter()
 
 
 def _score_epoch(programs: Programs, state: TrainState, position: Position) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mnist_flax import checkpoint, datasets, rundir, scoring, steps, train
+from mnist_flax import checkpoint, loaders, rundir, scoring, steps, train
 from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
 
@@ -73,8 +73,8 @@ class Trained:
             UserError: there is no such split, or the data set cannot be had.
         """
         data = self.config.data
-        arrays = datasets.load(data.name, split or data.test_split, data.manual_dir)
-        return scoring.compile_scorer(self.model, self.variables, arrays)(self.variables)
+        loader = loaders.create(data.loader, data.name, split or data.test_split, data.manual_dir)
+        return scoring.compile_scorer(self.model, self.variables, loader)(self.variables)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         shape = self.image_shape

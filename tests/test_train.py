@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mnist_flax import config as config_lib
-from mnist_flax import datasets, report, rundir, signals, train, trained
+from mnist_flax import datasets, environment, report, rundir, signals, train, trained
 from mnist_flax.errors import UserError
 
 
@@ -229,8 +229,8 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, m
     def breaking(*args):
         programs = compile_programs(*args)
 
-        def train_piece(state, rows):
-            state, metrics = programs.train(state, rows)
+        def train_piece(state, piece):
+            state, metrics = programs.train(state, piece)
             if int(state.step) > 6:
                 metrics = metrics.replace(loss_sum=metrics.loss_sum * np.inf)
             return state, metrics
@@ -258,7 +258,8 @@ def test_the_state_is_donated_to_the_next_piece():
     model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
     state = train.initial_state(config, model, tx, (28, 28, 1))
     programs = train.compile_programs(config, model, tx, state, data)
-    after, _ = programs.train(state, np.zeros((6, 16), np.int32))
+    (piece,) = data.train.pieces(np.zeros((6, 16), np.int32), 6)
+    after, _ = programs.train(state, piece)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
 
@@ -318,6 +319,28 @@ def test_an_epoch_of_mnist_learns_to_read_digits(mnist, tmp_path):
     assert summary["test_accuracy"] > 0.965
 
 
+def test_streamed_data_gives_bit_for_bit_the_same_run(whole_run, tmp_path, monkeypatch):
+    def stop(row, config):
+        if row["epoch"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = small_config(**{"data.loader": "stream"})
+    # Streaming is for data that does not fit.
+    monkeypatch.setattr(environment, "free_memory", lambda: {"the device": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "epoch", stop)
+        with pytest.raises(signals.Stopped):
+            train.train_and_evaluate(config, tmp_path / "run")
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole_run[0])
+    expected = trained.load(whole_run[0]).evaluate("test")
+    assert trained.load(tmp_path / "run").evaluate("test") == expected
+
+    with pytest.raises(UserError, match=r"0.0 GiB free: set data.loader=stream"):
+        train.train_and_evaluate(small_config(), tmp_path / "resident")
+    assert not (tmp_path / "resident").exists()
+
+
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     with pytest.raises(UserError, match="batch_size=91 is more than the 90 examples"):
         train.train_and_evaluate(small_config(batch_size=91), tmp_path / "run")
@@ -331,7 +354,15 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 )
 def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
     config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
-    assert train.piece_length(config, 10 * steps - 3) == length
+    assert train.piece_length(config, 10 * steps - 3, most=10 * steps) == length
+
+
+@pytest.mark.parametrize(
+    ("every", "most", "length"), [(0, 59, 5), (0, 110, 11), (0, 9, 1), (100, 79, 5), (7, 69, 1)]
+)
+def test_pieces_bring_no_more_than_may_be_brought(every, most, length):
+    config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
+    assert train.piece_length(config, 3000, most) == length
 
 
 def test_training_imports_no_tensorflow(prepared, tmp_path):

@@ -7,23 +7,24 @@ import jax
 
 from benchmarks import recipes
 from benchmarks.peers import PROBE, Data, Job, Peer
-from mnist_flax import datasets, state, train
+from mnist_flax import datasets, loaders, state, train
 
 
 def create(job: Job, data: Data, variant: str) -> Peer:
     config = recipes.config(job.network)
-    arrays = datasets.Arrays(data.images, data.labels)
-    probe = datasets.Arrays(data.images[PROBE], data.labels[PROBE])
+    arrays = loaders.Resident(datasets.Arrays(data.images, data.labels))
+    probe = loaders.Resident(datasets.Arrays(data.images[PROBE], data.labels[PROBE]))
     # Scored on the probe only, so that nothing else is compiled.
     splits = train.Data(train=arrays, watch=None, test=probe, num_classes=10)
     model = train.create_model(config, splits.num_classes)
-    tx = train.create_optimizer(config, len(data.labels))
-    current = train.initial_state(config, model, tx, data.images.shape[1:])
+    tx = train.create_optimizer(config, arrays.size)
+    current = train.initial_state(config, model, tx, arrays.image_shape)
     parameters = state.count_parameters(current.params)
     programs = train.compile_programs(config, model, tx, current, splits)
 
-    length = train.piece_length(config, len(data.labels))
-    pieces = [data.rows[i : i + length] for i in range(0, len(data.rows) - length + 1, length)]
+    length = train.piece_length(config, arrays.size, arrays.most)
+    # Without the remainder, which has fewer steps.
+    pieces = list(arrays.pieces(data.rows[: len(data.rows) // length * length], length))
     turn = count()
 
     def run(least: int) -> tuple[int, float]:

@@ -1,0 +1,92 @@
+import jax
+import numpy as np
+import pytest
+
+from mnist_flax import datasets, environment, loaders, steps
+from mnist_flax.errors import UserError
+from tests.test_datasets import FIVE, write_tfrecord_set
+
+# 120 examples in three batches of 50; the last is padded, and two examples come twice.
+ROWS = np.array([*range(119, -1, -1), 3, 3, *[-1] * 28], np.int32).reshape(3, 50)
+
+
+@pytest.fixture(scope="module")
+def streamed(prepared):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(prepared))
+        return loaders.create("stream", "digits", "train[:100]+test[10:30]")
+
+
+@pytest.fixture(scope="module")
+def resident(prepared):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(prepared))
+        return loaders.create("resident", "digits", "train[:100]+test[10:30]")
+
+
+def batches_of(loader, length):
+    gather = jax.jit(steps.gather)
+    return [
+        gather(piece.images, piece.labels, row)
+        for piece in loader.pieces(ROWS, length)
+        for row in piece.rows
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_both_loaders_give_the_same_batches(resident, streamed, length):
+    expected = batches_of(resident, 3)
+    for batch, other in zip(batches_of(streamed, length), expected, strict=True):
+        np.testing.assert_array_equal(batch.mask, other.mask)
+        kept = np.flatnonzero(batch.mask)
+        np.testing.assert_array_equal(batch.images[kept], other.images[kept])
+        np.testing.assert_array_equal(batch.labels[kept], other.labels[kept])
+    assert sum(int(batch.mask.sum()) for batch in expected) == 122
+
+
+@pytest.mark.parametrize("name", loaders.NAMES)
+def test_pieces_have_the_shapes_that_were_compiled_for(name, resident, streamed):
+    loader = {"resident": resident, "stream": streamed}[name]
+    assert (loader.size, loader.image_shape) == (120, (28, 28, 1))
+    found = [(a.shape, a.dtype) for piece in loader.pieces(ROWS, 2) for a in piece]
+    expected = [(a.shape, a.dtype) for n in (2, 1) for a in loader.abstract(n, 50)]
+    assert found == expected
+
+
+def test_one_example_of_a_stream_is_read_at_a_time(streamed):
+    arrays = datasets.load("digits", "train[:100]+test[10:30]")
+    examples = datasets.open_slice("digits", "train[:100]+test[10:30]")
+    assert len(examples) == 120
+    for index in (0, 99, 100, 119):
+        image, label = examples[index]
+        np.testing.assert_array_equal(image, arrays.images[index])
+        assert label == arrays.labels[index]
+    assert streamed.most == 64 * 2**20 // 784
+
+
+def test_images_of_another_size_stop_a_stream():
+    sizes = [(2, 2, 1), (2, 2, 1), (3, 2, 1)]
+    source = [{"image": np.zeros(size, np.uint8), "label": 0} for size in sizes]
+    examples = datasets.Examples([source], "image", "label")
+    assert examples[1][0].shape == (2, 2, 1)
+    with pytest.raises(UserError, match="the images differ in size"):
+        list(loaders.Streamed(examples).pieces(np.arange(3, dtype=np.int32)[None], 1))
+
+
+def test_tfrecord_cannot_be_streamed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    write_tfrecord_set(tmp_path, "mnist", "3.0.1", FIVE)
+    with pytest.raises(UserError, match="set data.loader=resident"):
+        loaders.create("stream", "mnist", "train")
+
+
+def test_a_slice_says_what_it_takes_before_it_is_read(prepared):
+    assert datasets.image_bytes("digits", "train[:100]+test[10:30]") == 120 * 784
+    assert environment.free_memory()["this machine"] > 2**20
+
+
+def test_data_that_does_not_fit_is_refused(monkeypatch, prepared):
+    monkeypatch.setattr(environment, "free_memory", lambda: {"the device": 784 * 100})
+    loaders.check_memory("digits", {"train[:60]", "test[:40]"})
+    with pytest.raises(UserError, match="the device has 0.0 GiB free: set data.loader=stream"):
+        loaders.check_memory("digits", {"train[:61]", "test[:40]"})
