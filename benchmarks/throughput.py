@@ -87,14 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     # Ours is always measured: the ratios are to it.
     peers = {OURS: None} | dict.fromkeys(args.peers or PEERS)
     peers = [peer for peer in peers if PEERS[peer].device in (None, args.device)]
-    needs = [("the plot", "matplotlib")]
-    needs += [(peer, package) for peer in peers for package in PEERS[peer].packages]
-    for what, package in needs:
-        if installed(package) is None:
-            raise UserError(
-                f"{what} needs {package}, which is not installed: run `pip install '.[bench]'`"
-                + (", or name other peers with --peers" if what in PEERS else "")
-            )
+    needs = [(peer, package) for peer in peers for package in PEERS[peer].packages]
+    check_installed([("the plot", "matplotlib"), *needs])
     args.results.mkdir(parents=True, exist_ok=True)
     file = args.results / f"throughput_{args.device}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -103,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             "measured": time.strftime("%Y-%m-%d"),
             "batch_size": recipes.config(network).batch_size,
             "hardware": hardware.describe(args.device),
-            "versions": {package: installed(package) for package in PACKAGES},
+            "versions": {package: version_of(package) for package in PACKAGES},
             "peers": measure(network, peers, args),
         }
         # After each network, so that a long run that is stopped keeps what it has.
@@ -141,11 +135,9 @@ def measure(network: str, peers: list[str], args: argparse.Namespace) -> dict[st
 def write_job(folder: Path, network: str, dataset: str, device: str) -> None:
     """Writes what all peers read: the network and recipe as JSON, data and batches as .npz."""
     config = recipes.config(network)
-    model = models.create(network)
-    spec = ("convs", "dense", "conv_dropout", "dense_dropout")
     job = {
         "network": network,
-        "spec": {k: getattr(model, k) for k in spec} if isinstance(model, models.CNN) else None,
+        "spec": spec_of(network),
         "batch_size": config.batch_size,
         "optimizer": config.optimizer,
         "device": device,
@@ -287,7 +279,25 @@ def plot(results: dict[str, dict], file: Path) -> None:
     plt.close(figure)
 
 
-def installed(package: str) -> str | None:
+def check_installed(needs: list[tuple[str, str]]) -> None:
+    """Raises UserError unless there is each package of the pairs (what needs it, package)."""
+    for what, package in needs:
+        if version_of(package) is None:
+            raise UserError(
+                f"{what} needs {package}, which is not installed: run `pip install '.[bench]'`, "
+                "or measure without it (see --help)"
+            )
+
+
+def spec_of(network: str) -> dict | None:
+    """What a stack consists of, `None` for `branched`; the attributes of `models.CNN`."""
+    model = models.create(network)
+    if not isinstance(model, models.CNN):
+        return None
+    return {key: getattr(model, key) for key in ("convs", "dense", "conv_dropout", "dense_dropout")}
+
+
+def version_of(package: str) -> str | None:
     """The version of an installed package, or None."""
     try:
         return version(package)

@@ -1,8 +1,9 @@
-"""Exit codes shared by the command-line programs."""
+"""What the command-line programs share: exit codes, and keeping what was compiled."""
 
 import sys
 from collections.abc import Callable
 
+from mnist_flax import environment
 from mnist_flax.errors import UserError
 
 
@@ -11,6 +12,7 @@ def run(main: Callable[[], None]) -> None:
 
     Ctrl-C where nothing can be saved yet ends it without a traceback, with exit code 130.
     """
+    environment.keep_compiled()
     try:
         main()
     except UserError as error:

@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import zlib
+from pathlib import Path
 
 import jax
 import psutil
@@ -28,6 +30,38 @@ def device_name() -> str:
     # The cores that this process may use, where the system tells.
     affinity = getattr(os, "sched_getaffinity", None)
     return f"cpu ({len(affinity(0)) if affinity else os.cpu_count()} cores)"
+
+
+def keep_compiled() -> None:
+    """Has JAX keep what it compiles in the user's cache folder, mnist_flax/ in ~/.cache.
+
+    Compiling takes most of the time to the first step; a program that was compiled before, on a
+    processor with the same instructions, is read in a tenth of a second instead. A folder that
+    JAX_COMPILATION_CACHE_DIR names is taken, and none where the cache folder cannot be written.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        # Machines that share a home folder need not share a processor.
+        folder = cache / "mnist_flax" / f"compiled-{zlib.crc32(_instruction_sets()):08x}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        if not os.access(folder, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    # JAX's own second would leave out the programs that initialise and score.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _instruction_sets() -> bytes:
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        lines = []
+    named = (b"flags", b"Features", b"model name")
+    found = {line for line in lines if line.startswith(named)}
+    return b"".join(sorted(found)) or platform.processor().encode()
 
 
 def free_memory() -> dict[str, int]:

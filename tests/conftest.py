@@ -21,6 +21,7 @@ def prepared(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def data_dir(monkeypatch, prepared) -> Path:
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(prepared / "cache"))
     monkeypatch.delenv("MNIST_FLAX_MANUAL_DIR", raising=False)
     return prepared
 

@@ -8,15 +8,10 @@ from benchmarks import reproduce, throughput
 from mnist_flax import datasets, models, state
 from mnist_flax.errors import UserError
 
-SPEC_KEYS = ("convs", "dense", "conv_dropout", "dense_dropout")
-
 
 def spec_of(network):
     """The specification as the workers read it from job.json."""
-    model = models.create(network)
-    if isinstance(model, models.Branched):
-        return None
-    return json.loads(json.dumps({key: getattr(model, key) for key in SPEC_KEYS}))
+    return json.loads(json.dumps(throughput.spec_of(network)))
 
 
 def parameters_of(network):
@@ -100,7 +95,7 @@ def test_another_network_or_one_that_does_not_learn_is_no_result():
 
 def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        throughput, "installed", lambda package: None if package == "torch" else "1"
+        throughput, "version_of", lambda package: None if package == "torch" else "1"
     )
     with pytest.raises(UserError, match=r"torch needs torch.*pip install '\.\[bench\]'"):
         throughput.main(["--peers", "torch", f"--results={tmp_path / 'results'}"])

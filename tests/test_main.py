@@ -103,6 +103,11 @@ def test_train_evaluate_and_train_again(data_dir, tmp_path):
     assert re.fullmatch(r"Test accuracy: \d+\.\d\d% \(\d+ of 297 right\)", lines[7])
     assert re.fullmatch(r"Error: \d+\.\d\d%", lines[8])
 
+    # What a second start need not compile.
+    cache = Path(os.environ["XDG_CACHE_HOME"], "mnist_flax")
+    for program in ("create", "train_epoch", "eval_epoch"):
+        assert list(cache.glob(f"*/jit_{program}-*"))
+
     assert [line.split()[0] for line in lines[9:]] == ["evaluate", "predict", "resume"]
     assert lines[11].split()[2:] == ["-m", "mnist_flax.main", *args]
 

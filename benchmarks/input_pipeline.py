@@ -1,0 +1,120 @@
+"""Images a second of each way to bring MNIST to the device, alone and while training.
+
+    python -m benchmarks.input_pipeline
+    python -m benchmarks.input_pipeline --network larger --repetitions 5
+
+"tfds" iterates over TFDS's data source and does nothing else; "grain" is the streaming loader
+without training; "train, stream" and "train, resident" train an epoch with either loader. MNIST
+must have been prepared, which training a recipe once does.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from benchmarks import hardware, recipes
+from benchmarks.throughput import NETWORKS, RESULTS
+from mnist_flax import batches, cli, datasets, environment, loaders, train
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.input_pipeline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--network", choices=NETWORKS, default="larger")
+    parser.add_argument("--split", default="train", help="a TFDS slice")
+    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    args = parser.parse_args(argv)
+
+    ways = create(args.network, args.dataset, args.split)
+    speeds = {name: [] for name in ways}
+    for repetition in range(args.repetitions):
+        for name, way in ways.items():
+            clock = time.perf_counter()
+            speeds[name].append(way() / (time.perf_counter() - clock))
+            done = f"{repetition + 1}/{args.repetitions}"
+            print(f"{done} {name}: {speeds[name][-1]:,.0f} images/s", flush=True)
+
+    device = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    result = {
+        "network": args.network,
+        "hardware": hardware.describe(device),
+        "versions": environment.versions(),
+        "images_per_second": speeds,
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    file = args.results / f"input_pipeline_{device}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table(result))
+
+
+def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int]]:
+    """The ways by name: each brings every image once and returns their number."""
+    config = recipes.config(network)
+    data = {name: loaders.create(name, dataset, split) for name in loaders.NAMES}
+    size, most = data["stream"].size, data["stream"].most
+    rows = batches.train_batches(0, 0, size, config.batch_size)
+    length = train.piece_length(config, size, most)
+    model = train.create_model(config, datasets.num_classes(dataset))
+    tx = train.create_optimizer(config, size)
+
+    def tfds() -> int:
+        examples = datasets.open_slice(dataset, split)
+        return sum(1 for index in rows.ravel() if index >= 0 and examples[index])
+
+    def grain() -> int:
+        for piece in data["stream"].pieces(rows, length):
+            jax.block_until_ready(piece.images)
+        return size
+
+    def training(loader: loaders.Loader) -> Callable[[], int]:
+        state = train.initial_state(config, model, tx, loader.image_shape)
+        nothing = loaders.Resident(datasets.load(dataset, "test[:1]"))
+        splits = train.Data(loader, watch=None, test=nothing, num_classes=model.num_classes)
+        program = train.compile_programs(config, model, tx, state, splits).train
+
+        def epoch() -> int:
+            nonlocal state
+            for piece in loader.pieces(rows, length):
+                state, metrics = program(state, piece)
+                # As the training loop does, which reports after each piece.
+                jax.device_get(metrics)
+            return size
+
+        return epoch
+
+    return {
+        "tfds": tfds,
+        "grain": grain,
+        "train, stream": training(data["stream"]),
+        "train, resident": training(data["resident"]),
+    }
+
+
+def table(result: dict) -> str:
+    """Medians as Markdown, with the spread."""
+    lines = ["| way | images/s (lowest to highest) |", "|---|---|"]
+    for name, speeds in result["images_per_second"].items():
+        median = statistics.median(speeds)
+        lines.append(f"| {name} | {median:,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) |")
+    count = len(next(iter(result["images_per_second"].values())))
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    lines += [
+        "",
+        f"`{result['network']}` on MNIST-shaped images; medians of {count} runs; "
+        f"{result['hardware']}; {versions}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,167 @@
+"""Time from the command to the first training step, and to the end of a one-epoch script.
+
+    python -m benchmarks.startup
+    python -m benchmarks.startup --network baseline --repetitions 3
+
+Each is a whole process: it imports its framework, reads MNIST from disk, builds the network,
+trains one epoch and scores the test set. Ours is `python -m mnist_flax.main`, which also writes
+its run folder and checkpoint: once with nothing compiled before, and once again after that. The
+others are scripts as their users write them. They take turns.
+`pip install ".[bench]"` brings Keras and PyTorch; MNIST must have been prepared, which training a
+recipe once does.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import hardware, recipes
+from benchmarks.throughput import (
+    NETWORKS,
+    OURS,
+    PACKAGES,
+    RESULTS,
+    check_installed,
+    spec_of,
+    version_of,
+)
+from mnist_flax import cli
+
+AGAIN = f"{OURS}, again"
+# The module in benchmarks/scripts/ and what it needs.
+SCRIPTS = {
+    OURS: ("ours", ()),
+    AGAIN: ("ours", ()),
+    "keras-tf": ("keras_tf", ("keras", "tensorflow")),
+    "torch": ("torch_eager", ("torch",)),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.startup",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--network", choices=NETWORKS, default="larger")
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
+    parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    args = parser.parse_args(argv)
+    # Ours is always measured: the ratios are to it.
+    scripts = list({OURS: None} | dict.fromkeys(args.scripts))
+    check_installed([(script, package) for script in scripts for package in SCRIPTS[script][1]])
+
+    runs = {script: [] for script in scripts}
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder), args.network, args.dataset)
+        for repetition in range(args.repetitions):
+            for script in scripts:
+                runs[script].append(run(script, args.network, args.dataset, Path(folder)))
+                first, whole = (runs[script][-1][k] for k in ("first_step", "whole_process"))
+                done = f"{repetition + 1}/{args.repetitions}"
+                print(
+                    f"{done} {script}: first step {first:.1f} s, process {whole:.1f} s", flush=True
+                )
+    result = {
+        "network": args.network,
+        "hardware": hardware.describe("cpu"),
+        "versions": {package: version_of(package) for package in PACKAGES},
+        "seconds": runs,
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    file = args.results / "startup_cpu.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table(result))
+
+
+def write_data(folder: Path, network: str, dataset: str) -> None:
+    """Writes what the scripts read: MNIST as one compressed .npz, as Keras distributes it."""
+    from mnist_flax import datasets
+
+    train, test = (datasets.load(dataset, split) for split in ("train", "test"))
+    np.savez_compressed(
+        folder / "data.npz",
+        x_train=train.images,
+        y_train=train.labels,
+        x_test=test.images,
+        y_test=test.labels,
+    )
+    config = recipes.config(network)
+    job = {"spec": spec_of(network), "batch_size": config.batch_size, "optimizer": config.optimizer}
+    (folder / "job.json").write_text(json.dumps(job))
+
+
+def run(script: str, network: str, dataset: str, folder: Path) -> dict[str, float]:
+    """Seconds from the command to the end of the first step, and of the process."""
+    arguments = []
+    if script in (OURS, AGAIN):
+        arguments = [network, dataset]
+        if script == OURS:
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+    env = os.environ | {
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "KERAS_BACKEND": "tensorflow",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    module = f"benchmarks.scripts.{SCRIPTS[script][0]}"
+    began = time.time()
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(folder), *arguments],
+        cwd=recipes.ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    whole = time.time() - began
+    if done.returncode:
+        raise SystemExit(f"{done.stderr}\n{script} failed, as said above")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("first step at ")]
+    return {"first_step": float(lines[0].split()[-1]) - began, "whole_process": whole}
+
+
+def table(result: dict) -> str:
+    """Medians as Markdown, with the spread, and the ratio to ours."""
+    lines = [
+        "| script | command to first step (lowest to highest) | ratio "
+        "| whole process, one epoch | ratio |",
+        "|---|---|---|---|---|",
+    ]
+
+    def column(script: str, key: str) -> list[float]:
+        return [seconds[key] for seconds in result["seconds"][script]]
+
+    for script in result["seconds"]:
+        cells = []
+        for key in ("first_step", "whole_process"):
+            values, ours = column(script, key), column(OURS, key)
+            median = statistics.median(values)
+            cells += [
+                f"{median:.1f} s ({min(values):.1f} to {max(values):.1f})",
+                f"{median / statistics.median(ours):.2f}",
+            ]
+        lines.append(f"| {script} | " + " | ".join(cells) + " |")
+    turns = len(result["seconds"][OURS])
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
+    lines += [
+        "",
+        f"`{result['network']}`, one epoch; medians of {turns} turns; {result['hardware']}; "
+        f"{versions}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)
