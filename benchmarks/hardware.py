@@ -2,7 +2,10 @@
 
 import os
 import platform
+import subprocess
 from pathlib import Path
+
+from mnist_flax.errors import UserError
 
 
 def describe(device: str) -> str:
@@ -10,9 +13,13 @@ def describe(device: str) -> str:
     cpu = f"{os.cpu_count()} cores of {_cpu_name()}"
     if device == "cpu":
         return cpu
-    import jax
-
-    return f"{jax.devices('gpu')[0].device_kind}, {cpu}"
+    # Not through JAX, which would take the GPU's memory for this process.
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"there is no NVIDIA GPU to measure on: {error}") from error
+    return f"{names.splitlines()[0]}, {cpu}"
 
 
 def _cpu_name() -> str:

@@ -10,14 +10,13 @@ turns. What does not vary is the recipe's batch size, 60,000 images and the netw
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from benchmarks import hardware, recipes
+from benchmarks import hardware, recipes, worker
 from benchmarks.throughput import RESULTS
 from mnist_flax import cli, environment, models
 
@@ -79,7 +78,11 @@ def run(args: argparse.Namespace, point: dict) -> dict[str, float]:
     """Measures one point in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.scaling", f"--network={args.network}"]
     command += [f"--seconds={args.seconds}", f"--point={json.dumps(point)}"]
-    env = os.environ | ({"JAX_PLATFORMS": "cpu"} if args.device == "cpu" else {})
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu" if args.device == "cpu" else "cuda",
+        # A program from a cache leaves out the memory that compiling takes.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     done = subprocess.run(
         command, cwd=recipes.ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True
     )
@@ -125,7 +128,7 @@ def measure(
         count = int(metrics.count)
         speeds.append(count / (time.perf_counter() - clock))
         turn += 1
-    memory = ours.device_memory() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = ours.device_memory() or worker.peak_memory()
     return {"images_per_second": statistics.median(speeds), "peak_memory_mib": memory / 2**20}
 
 

@@ -109,7 +109,8 @@ def run(script: str, network: str, dataset: str, folder: Path) -> dict[str, floa
         arguments = [network, dataset]
         if script == OURS:
             shutil.rmtree(folder / "cache", ignore_errors=True)
-    env = os.environ | {
+    kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env = kept | {
         "XDG_CACHE_HOME": str(folder / "cache"),
         "JAX_PLATFORMS": "cpu",
         "CUDA_VISIBLE_DEVICES": "-1",

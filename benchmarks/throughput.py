@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     peers = [peer for peer in peers if PEERS[peer].device in (None, args.device)]
     needs = [(peer, package) for peer in peers for package in PEERS[peer].packages]
     check_installed([("the plot", "matplotlib"), *needs])
+    machine = hardware.describe(args.device)
     args.results.mkdir(parents=True, exist_ok=True)
     file = args.results / f"throughput_{args.device}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         results[network] = {
             "measured": time.strftime("%Y-%m-%d"),
             "batch_size": recipes.config(network).batch_size,
-            "hardware": hardware.describe(args.device),
+            "hardware": machine,
             "versions": {package: version_of(package) for package in PACKAGES},
             "peers": measure(network, peers, args),
         }
@@ -120,8 +121,9 @@ def measure(network: str, peers: list[str], args: argparse.Namespace) -> dict[st
             log(f"{network}: {peer} is ready, {reports[peer]['first_step_seconds']:.1f} s")
         for turn in range(args.repetitions):
             for peer, worker in workers.items():
-                worker.stdin.write(f"{args.seconds}\n")
-                worker.stdin.flush()
+                with suppress(BrokenPipeError):
+                    worker.stdin.write(f"{args.seconds}\n")
+                    worker.stdin.flush()
                 measured = receive(worker, peer, Path(folder))["images_per_second"]
                 reports[peer]["images_per_second"].append(measured)
                 log(f"{network}: {turn + 1}/{args.repetitions} {peer} {measured:,.0f} images/s")
@@ -159,11 +161,15 @@ def start(peer: str, folder: Path, device: str) -> subprocess.Popen:
         # On a GPU several processes share the memory.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+        # The first step is that of a program never compiled before.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     if kind.backend:
         env["KERAS_BACKEND"] = kind.backend
+    # Named, since JAX would fall back from a GPU to the CPU.
+    env["JAX_PLATFORMS"] = "cpu" if device == "cpu" else "cuda"
     if device == "cpu":
-        env |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
+        env["CUDA_VISIBLE_DEVICES"] = "-1"
     command = [sys.executable, "-m", "benchmarks.worker", str(folder), kind.module, kind.variant]
     with open(folder / f"{peer}.log", "w") as log_file:
         return subprocess.Popen(
@@ -212,49 +218,66 @@ def best_peer(reports: dict[str, dict]) -> str | None:
 def table(results: dict[str, dict]) -> str:
     """Ours beside the best peer, then every peer, as Markdown."""
     lines = [
-        "| network (batch) | images/s (lowest to highest) | steps/s | best peer "
-        "| ratio to it | first step | of which compiling | peak memory |",
+        "| network (batch) | images/s (lowest to highest) | steps/s | best peer | ratio to it "
+        "| first step | of which compiling | peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     ratios = []
     for network, result in results.items():
-        reports = result["peers"]
-        ours, best, batch = reports[OURS], best_peer(reports), result["batch_size"]
-        against = "| – | – "
+        reports, batch = result["peers"], result["batch_size"]
+        best, against = best_peer(reports), "– | –"
         if best:
             ratios.append(speed(reports, OURS) / speed(reports, best))
-            against = f"| {best}, {speed(reports, best):,.0f} | **{ratios[-1]:.2f}** "
-        speeds = ours["images_per_second"]
-        memory = ours["device_memory_mib"] or ours["peak_memory_mib"]
+            against = f"{best}, {speed(reports, best):,.0f} | **{ratios[-1]:.2f}**"
         lines.append(
-            f"| `{network}` ({batch}) | {speed(reports, OURS):,.0f} "
-            f"({min(speeds):,.0f} to {max(speeds):,.0f}) "
-            f"| {speed(reports, OURS) / batch:,.1f} {against}"
-            f"| {ours['first_step_seconds']:.1f} s | {ours['compile_seconds']:.1f} s "
-            f"| {memory:,.0f} MiB |"
+            f"| `{network}` ({batch}) | {spread(reports[OURS])} "
+            f"| {speed(reports, OURS) / batch:,.1f} | {against} | {costs(reports[OURS])} |"
         )
     if ratios:
         mean = statistics.geometric_mean(ratios)
         lines += ["", f"Geometric mean of the ratios: {mean:.2f}."]
+    conditions = {}
+    for network, result in results.items():
+        turns = len(result["peers"][OURS]["images_per_second"])
+        versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
+        text = f"Medians of {turns} turns; {result['hardware']}; {versions}."
+        conditions.setdefault(text, []).append(f"`{network}`")
+    for text, networks in conditions.items():
+        which = f"{', '.join(networks)}: " if len(conditions) > 1 else ""
+        lines += ["", which + text]
 
-    names = [p for p in PEERS if any(p in result["peers"] for result in results.values())]
     lines += [
         "",
-        "Images a second of each, median:",
+        "Every peer; the ratio is ours to it:",
         "",
-        "| network | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
+        "| network | peer | images/s (lowest to highest) | ratio | first step "
+        "| of which compiling | peak memory |",
+        "|---|---|---|---|---|---|---|",
     ]
     for network, result in results.items():
         reports = result["peers"]
-        cells = [f"{speed(reports, p):,.0f}" if p in reports else "–" for p in names]
-        lines.append(f"| `{network}` | " + " | ".join(cells) + " |")
-
-    last = list(results.values())[-1]
-    turns = len(last["peers"][OURS]["images_per_second"])
-    versions = ", ".join(f"{name} {value}" for name, value in last["versions"].items() if value)
-    lines += ["", f"Medians of {turns} turns; {last['hardware']}; {versions}."]
+        lines += [
+            f"| `{network}` | {peer} | {spread(reports[peer])} "
+            f"| {speed(reports, OURS) / speed(reports, peer):.2f} | {costs(reports[peer])} |"
+            for peer in PEERS
+            if peer in reports
+        ]
     return "\n".join(lines) + "\n"
+
+
+def spread(report: dict) -> str:
+    """Median speed with the lowest and the highest."""
+    speeds = report["images_per_second"]
+    return f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})"
+
+
+def costs(report: dict) -> str:
+    """Cells of the first step, of compiling, and of the memory: the GPU's where it has one."""
+    memory = report["device_memory_mib"] or report["peak_memory_mib"]
+    return (
+        f"{report['first_step_seconds']:.1f} s | {report['compile_seconds']:.1f} s "
+        f"| {memory:,.0f} MiB"
+    )
 
 
 def plot(results: dict[str, dict], file: Path) -> None:

@@ -9,6 +9,7 @@ end of its input.
 
 import importlib
 import json
+import re
 import resource
 import sys
 import time
@@ -28,9 +29,11 @@ def main() -> None:
 
     clock = time.perf_counter()
     peer = create(job, data, variant)
-    steps, _ = peer.train(1)
-    building, ready = time.perf_counter() - clock, time.time() - float(started)
+    building = time.perf_counter() - clock
     loss_before = peer.loss()
+    looking = time.perf_counter() - clock - building
+    steps, first = peer.train(1)
+    ready = time.time() - float(started) - looking
 
     made, seconds = peer.train(1)
     while seconds < 0.5:
@@ -40,7 +43,7 @@ def main() -> None:
     say(
         parameters=peer.parameters,
         first_step_seconds=ready - rest,
-        compile_seconds=building - steps * seconds / made,
+        compile_seconds=building + first - steps * seconds / made,
         loss_before=loss_before,
     )
     for line in sys.stdin:
@@ -48,9 +51,19 @@ def main() -> None:
         say(images_per_second=made * job.batch_size / seconds)
     say(
         loss_after=peer.loss(),
-        peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_memory_mib=peak_memory() / 2**20,
         device_memory_mib=(memory := peer.device_memory()) and memory / 2**20,
     )
+
+
+def peak_memory() -> int:
+    """Bytes that this process had in memory at most."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        # In KiB; it may begin with what the parent had.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def say(**values: object) -> None:

@@ -12,7 +12,7 @@ import os
 import uuid
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,11 +53,18 @@ class Examples(Sequence):
                 f"the images differ in size ({self.image_shape} and {image.shape}): take a data "
                 "set of images of one size"
             )
+        if label < 0:
+            raise UserError("an example has no label: take another split")
         return image, label
 
     def _read(self, index: int) -> tuple[np.ndarray, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        example = self._sources[part][int(index - self._starts[part])]
+        try:
+            example = self._sources[part][int(index - self._starts[part])]
+        except Exception as error:
+            raise UserError(
+                f"an example cannot be read ({error}): delete the data set to prepare it anew"
+            ) from error
         return tuple(example[key] for key in self._keys)
 
 
@@ -150,18 +157,26 @@ def open_slice(name: str, split: str, manual_dir: str = "") -> Examples:
     return Examples(*decoding.sources(builder, builders.resolve(builder, split)))
 
 
-def image_bytes(name: str, split: str, manual_dir: str = "") -> int | None:
-    """Bytes that a slice takes as `load` gives it; None where the images' size is not declared.
+def image_bytes(name: str, splits: Iterable[str], manual_dir: str = "") -> tuple[int, int]:
+    """Bytes of the images that `load` gives for some slices, and of those that it reads.
+
+    It reads whole splits, of which it gives slices. Both are 0 where a data set does not declare
+    the size of its images.
 
     Raises:
       UserError: as `load`.
     """
     from mnist_flax import builders
 
-    builder = _prepared(name, split, manual_dir)
-    shape = builder.info.features[builders.feature_keys(builder)[0]].shape
-    count = sum(stop - start for _, start, stop in builders.resolve(builder, split))
-    return None if None in shape else count * math.prod(shape)
+    given, read = 0, {}
+    for split in splits:
+        builder = _prepared(name, split, manual_dir)
+        shape = builder.info.features[builders.feature_keys(builder)[0]].shape
+        each = 0 if None in shape else math.prod(shape)
+        for part, start, stop in builders.resolve(builder, split):
+            given += (stop - start) * each
+            read[part] = builder.info.splits[part].num_examples * each
+    return given, sum(read.values())
 
 
 def _prepared(name: str, split: str, manual_dir: str) -> "tfds.core.DatasetBuilder":

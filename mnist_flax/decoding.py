@@ -29,15 +29,18 @@ def decode(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, n
     except UserError:
         raise
     except Exception as error:
-        missing = builders.missing_package(error)
-        remedy = f"install {missing}" if missing else f"delete {builder.data_dir} to prepare anew"
-        raise UserError(
-            f"the split {split!r} of {builder.name} cannot be read ({builders.short(error)}): "
-            f"{remedy}"
-        ) from error
+        raise _unreadable(builder, split, error) from error
     if labels.min() < 0:
         raise UserError(f"the split {split!r} of {builder.name} has no labels: take another split")
     return images, labels
+
+
+def _unreadable(builder: tfds.core.DatasetBuilder, split: str, error: Exception) -> UserError:
+    missing = builders.missing_package(error)
+    remedy = f"install {missing}" if missing else f"delete {builder.data_dir} to prepare anew"
+    return UserError(
+        f"the split {split!r} of {builder.name} cannot be read ({builders.short(error)}): {remedy}"
+    )
 
 
 def sources(
@@ -55,8 +58,11 @@ def sources(
             "data.loader=resident, or prepare it with file_format='array_record'"
         )
     image_key, label_key = builders.feature_keys(builder)
-    with builders.quiet():
-        wanted = [builder.as_data_source(f"{part}[{a}:{b}]") for part, a, b in selected]
+    try:
+        with builders.quiet():
+            wanted = [builder.as_data_source(f"{part}[{a}:{b}]") for part, a, b in selected]
+    except Exception as error:
+        raise _unreadable(builder, str(selected[0][0]), error) from error
     return wanted, image_key, label_key
 
 

@@ -1,5 +1,6 @@
 """What a run ran on, for its records."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -64,18 +65,18 @@ def _instruction_sets() -> bytes:
     return b"".join(sorted(found)) or platform.processor().encode()
 
 
-def free_memory() -> dict[str, int]:
-    """Bytes that are free for data, of this machine and of a device that has its own memory.
-
-    On CPU the data set is held twice for a moment, once by NumPy and once by JAX.
-    """
-    device = jax.devices()[0]
+def free_memory() -> tuple[int, int | None]:
+    """Free bytes of this machine, and of the device where it has a memory of its own and tells."""
     host = psutil.virtual_memory().available
-    if device.platform == "cpu":
-        return {"this machine": host // 2}
-    stats = device.memory_stats() or {}
-    free = stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else host
-    return {"this machine": host, device_name(): free}
+    # A container may have less than the machine.
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((group / f"memory.{kind}").read_text()) for kind in ("max", "current"))
+        host = min(host, limit - used)
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return host, None
+    return host, stats["bytes_limit"] - stats["bytes_in_use"]
 
 
 def versions() -> dict[str, str]:

@@ -112,14 +112,17 @@ def check_memory(name: str, splits: Iterable[str], manual_dir: str = "") -> None
     Raises:
         UserError: they take more memory than the device, or this machine, has free.
     """
-    sizes = [datasets.image_bytes(name, split, manual_dir) for split in splits]
-    if None in sizes:
-        return
-    for memory, free in environment.free_memory().items():
-        if sum(sizes) > free:
+    given, read = datasets.image_bytes(name, splits, manual_dir)
+    host, device = environment.free_memory()
+    # On CPU both copies lie in one memory.
+    needs = [("this machine", read, host), (environment.device_name(), given, device)]
+    if device is None:
+        needs = [("this machine", read + given, host)]
+    for memory, needed, free in needs:
+        if needed > free:
             raise UserError(
-                f"the images of {name} take {sum(sizes) / 2**30:.1f} GiB, and {memory} has "
-                f"{free / 2**30:.1f} GiB free: set data.loader=stream, or take smaller splits"
+                f"the images of {name} need {needed / 2**30:.1f} GiB, and {memory} has "
+                f"{free / 2**30:.1f} GiB free: set data.loader=stream"
             )
 
 

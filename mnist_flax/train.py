@@ -321,14 +321,12 @@ def _train_pieces(
     length = piece_length(config, num_examples, data.train.most)
     every = config.checkpoint.every_steps
     done = int(state.step) - position.epoch * len(rows)
+    stop = done - done % every + every if every else len(rows)
     clock = time.perf_counter()
-    for piece in data.train.pieces(rows[done:], length):
+    for piece in data.train.pieces(rows[done:stop], length):
         state, metrics = programs.train(state, piece)
-        metrics, done = jax.device_get(metrics), done + len(piece.rows)
-        position.add(metrics, time.perf_counter() - clock)
+        position.add(jax.device_get(metrics), time.perf_counter() - clock)
         yield state
-        if every and done % every == 0:
-            return
         clock = time.perf_counter()
 
 

@@ -73,7 +73,10 @@ class Trained:
             UserError: there is no such split, or the data set cannot be had.
         """
         data = self.config.data
-        loader = loaders.create(data.loader, data.name, split or data.test_split, data.manual_dir)
+        split = split or data.test_split
+        if data.loader == "resident":
+            loaders.check_memory(data.name, [split], data.manual_dir)
+        loader = loaders.create(data.loader, data.name, split, data.manual_dir)
         return scoring.compile_scorer(self.model, self.variables, loader)(self.variables)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:

@@ -77,11 +77,15 @@ def test_the_table_compares_medians_with_the_best_peer():
         "convnet": result(mnist_flax=report(300), torch=report(200), **{"keras-tf": report(150)}),
     }
     text = throughput.table(results)
-    assert "| `larger` (100) | 800 (100 to 900) | 8.0 | keras-tf, 400 | **2.00** |" in text
+    costs = "4.0 s | 3.0 s | 600 MiB |"
+    first = "| `larger` (100) | 800 (100 to 900) | 8.0 | keras-tf, 400 | **2.00** | " + costs
+    assert first in text
     assert "| `convnet` (100) | 300 (300 to 300) | 3.0 | torch, 200 | **1.50** |" in text
     assert "Geometric mean of the ratios: 1.73." in text  # √(2 · 1.5)
-    assert "| `larger` | 800 | 400 | – |" in text
-    assert "a machine; jax 1." in text
+    assert "| `convnet` | keras-tf | 150 (150 to 150) | 2.00 | " + costs in text
+    # Networks that were measured under other conditions are told apart.
+    assert "`larger`: Medians of 3 turns; a machine; jax 1." in text
+    assert "`convnet`: Medians of 1 turns; a machine; jax 1." in text
 
 
 def test_another_network_or_one_that_does_not_learn_is_no_result():

@@ -81,12 +81,45 @@ def test_tfrecord_cannot_be_streamed(tmp_path, monkeypatch):
 
 
 def test_a_slice_says_what_it_takes_before_it_is_read(prepared):
-    assert datasets.image_bytes("digits", "train[:100]+test[10:30]") == 120 * 784
-    assert environment.free_memory()["this machine"] > 2**20
+    # Both splits are read as wholes.
+    expected = (120 * 784, (1500 + 297) * 784)
+    assert datasets.image_bytes("digits", ["train[:100]+test[10:30]"]) == expected
+    assert datasets.image_bytes("digits", ["train[:100]", "test[10:30]"]) == expected
+    host, device = environment.free_memory()
+    assert host > 2**20 and device is None
 
 
-def test_data_that_does_not_fit_is_refused(monkeypatch, prepared):
-    monkeypatch.setattr(environment, "free_memory", lambda: {"the device": 784 * 100})
-    loaders.check_memory("digits", {"train[:60]", "test[:40]"})
-    with pytest.raises(UserError, match="the device has 0.0 GiB free: set data.loader=stream"):
-        loaders.check_memory("digits", {"train[:61]", "test[:40]"})
+@pytest.mark.parametrize(
+    ("host", "device", "named"),
+    [
+        ((1500 + 60) * 784, None, "this machine"),
+        (1500 * 784, 60 * 784, "cpu"),
+        (1500 * 784, 60 * 784, "this machine"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(monkeypatch, prepared, host, device, named):
+    monkeypatch.setattr(environment, "free_memory", lambda: (host, device))
+    loaders.check_memory("digits", {"train[:20]", "train[20:60]"})
+    less = (host - 1, device) if named == "this machine" else (host, device - 1)
+    monkeypatch.setattr(environment, "free_memory", lambda: less)
+    with pytest.raises(UserError, match=f"{named}.* has 0.0 GiB free: set data.loader=stream"):
+        loaders.check_memory("digits", {"train[:20]", "train[20:60]"})
+
+
+def test_a_stream_refuses_what_cannot_be_read_or_has_no_label():
+    class Damaged(list):
+        def __getitem__(self, index):
+            if index == 2:
+                raise ValueError("truncated record")
+            return super().__getitem__(index)
+
+    image = np.zeros((2, 2, 1), np.uint8)
+    source = Damaged({"image": image, "label": label} for label in (4, -1, 0))
+    examples = datasets.Examples([source], "image", "label")
+    assert examples[0][1] == 4
+    for index, message in ((1, "no label"), (2, r"cannot be read \(truncated record\): delete")):
+        with pytest.raises(UserError, match=message):
+            examples[index]
+        rows = np.array([[0, index]], np.int32)
+        with pytest.raises(UserError, match=message):
+            list(loaders.Streamed(examples).pieces(rows, 1))

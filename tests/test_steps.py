@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from mnist_flax import batches, models, optim, state, steps
+from mnist_flax import batches, datasets, layers, models, optim, state, steps
 from tests.helpers import integers, random_state, uniform
 
 
@@ -194,6 +194,36 @@ def epoch_setting():
     rows = jnp.asarray(batches.train_batches(0, 0, 50, 8))
     epoch = jax.jit(partial(steps.train_epoch, model=model, tx=tx))
     return start, train_step, epoch, (images, labels), rows
+
+
+@pytest.mark.parametrize(("network", "optimizer"), [("convnet", "rmsprop"), ("larger", "adam")])
+def test_a_hundred_steps_follow_the_plain_convolution(monkeypatch, network, optimizer):
+    images, labels = datasets.load("digits", "train")
+    rows = batches.train_batches(0, 0, len(labels), 15)
+    model = models.create(network)
+    # At a tenth of the recipes' rate: at theirs, 100 steps make 20 % of a difference of 1e-7.
+    tx = optim.create(optimizer, optax.constant_schedule(1e-4))
+    start = jax.jit(partial(state.create, model=model, tx=tx, image_shape=(28, 28, 1)))(0)
+
+    def losses():
+        step = jax.jit(partial(steps.train_step, model=model, tx=tx))
+        state_, found = start, []
+        for row in rows:
+            state_, metrics = step(state_, steps.gather(images, labels, row))
+            found.append(float(metrics.loss_sum) / len(row))
+        return found
+
+    ours = losses()
+    monkeypatch.setattr(
+        layers, "conv", lambda x, kernel, padding: layers._conv_as_xla(x, kernel, padding=padding)
+    )
+    pool = partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
+    monkeypatch.setattr(layers, "max_pool", pool)
+    plain = losses()
+    assert len(ours) == 100 and np.mean(ours[-10:]) < np.mean(ours[:10])
+    np.testing.assert_allclose(ours[:30], plain[:30], rtol=2e-6)
+    # A rounding that turns a ReLU or a pool's choice over makes a step of its own.
+    np.testing.assert_allclose(ours, plain, rtol=5e-3)
 
 
 def test_an_epoch_is_its_steps_one_after_the_other():

@@ -326,7 +326,7 @@ def test_streamed_data_gives_bit_for_bit_the_same_run(whole_run, tmp_path, monke
 
     config = small_config(**{"data.loader": "stream"})
     # Streaming is for data that does not fit.
-    monkeypatch.setattr(environment, "free_memory", lambda: {"the device": 0})
+    monkeypatch.setattr(environment, "free_memory", lambda: (0, None))
     with monkeypatch.context() as patch:
         patch.setattr(report, "epoch", stop)
         with pytest.raises(signals.Stopped):

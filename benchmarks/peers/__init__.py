@@ -46,7 +46,7 @@ class Peer:
         parameters: number of trainable numbers.
         train: makes at least so many steps, on the batches of `Data.rows` in turn; returns the
             steps made and the seconds they took, the device having finished.
-        loss: the mean loss over `PROBE` images without dropout.
+        loss: the mean loss over the `PROBE` images, without dropout.
         device_memory: bytes that were in use on a GPU at the peak; None where there is none.
     """
 
@@ -59,4 +59,4 @@ class Peer:
 PROBE = slice(0, 500)
 """The training images on which every peer's loss is taken before and after."""
 LEARNING_RATE, EPSILON, RHO = 1e-3, 1e-7, 0.9
-"""Keras's defaults, which every peer uses."""
+"""Keras's defaults, which every peer uses, adding epsilon where its own optimiser adds it."""

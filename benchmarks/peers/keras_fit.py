@@ -51,6 +51,12 @@ class Clock(keras.callbacks.Callback):
 
 
 def create(job: Job, data: Data, variant: str) -> Peer:
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    if on_tensorflow and job.device == "gpu":
+        import tensorflow as tf
+
+        if not tf.config.list_physical_devices("GPU"):
+            raise SystemExit("TensorFlow sees no GPU: pip install 'tensorflow[and-cuda]'")
     model = network(job.spec)
     optimizer = (
         keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON)
@@ -63,11 +69,13 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         steps_per_execution=multiple,
-        jit_compile=True if variant == "jit" else "auto",
+        jit_compile=variant == "jit" if on_tensorflow else "auto",
     )
-    images = (data.images / 255).astype(np.float32)
     # The batches of the epoch, one after the other.
-    x, y = images[data.rows.ravel()], data.labels[data.rows.ravel()]
+    order = data.rows.ravel()
+    x, y = data.images[order].astype(np.float32), data.labels[order]
+    x /= 255
+    probe = data.images[PROBE].astype(np.float32) / 255
     clock = Clock()
 
     def run(least: int) -> tuple[int, float]:
@@ -88,22 +96,19 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         return steps, seconds
 
     def loss() -> float:
-        logits = model.predict_on_batch(images[PROBE])
+        logits = model.predict_on_batch(probe)
         shifted = logits - logits.max(-1, keepdims=True)
         log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
         labels = data.labels[PROBE]
         return float(-log_probabilities[np.arange(len(labels)), labels].mean())
 
-    return Peer(model.count_params(), run, loss, lambda: device_memory(job.device))
+    def device_memory() -> int | None:
+        if job.device == "cpu":
+            return None
+        if on_tensorflow:
+            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+        from benchmarks.peers import ours
 
+        return ours.device_memory()
 
-def device_memory(device: str) -> int | None:
-    if device == "cpu":
-        return None
-    if keras.backend.backend() == "jax":
-        from benchmarks.peers.ours import device_memory
-
-        return device_memory()
-    import tensorflow as tf
-
-    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    return Peer(model.count_params(), run, loss, device_memory)

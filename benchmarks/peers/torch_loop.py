@@ -68,7 +68,12 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         torch.optim.Adam(model.parameters(), LEARNING_RATE, eps=EPSILON, fused=True)
         if job.optimizer == "adam"
         else torch.optim.RMSprop(
-            model.parameters(), LEARNING_RATE, alpha=RHO, eps=EPSILON, foreach=True
+            # It adds epsilon to the root, where Keras adds it inside.
+            model.parameters(),
+            LEARNING_RATE,
+            alpha=RHO,
+            eps=EPSILON**0.5,
+            foreach=True,
         )
     )
     forward = model

@@ -21,6 +21,8 @@ def run(folder: str, network: str, dataset: str) -> None:
     config = recipes.ROOT / "configs" / f"{network}.py"
     workdir = Path(folder) / f"run-{time.time()}"
     sys.argv[1:] = [f"--config={config}:{dataset}", "--config.epochs=1", f"--workdir={workdir}"]
+    # As the other scripts: train on the whole split, score the test split once.
+    sys.argv += ["--config.data.train_split=train", "--config.data.watch_split="]
     cli.run(main.main)
     print("first step at", first_step_at[0])
 
