@@ -163,6 +163,7 @@ def start(peer: str, folder: Path, device: str) -> subprocess.Popen:
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
         # The first step is that of a program never compiled before.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
     }
     if kind.backend:
         env["KERAS_BACKEND"] = kind.backend
