@@ -220,7 +220,7 @@ def table(results: dict[str, dict]) -> str:
     """Ours beside the best peer, then every peer, as Markdown."""
     lines = [
         "| network (batch) | images/s (lowest to highest) | steps/s | best peer | ratio to it "
-        "| first step | of which compiling | peak memory |",
+        "| command to first step | of which compiling | peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     ratios = []
@@ -251,7 +251,7 @@ def table(results: dict[str, dict]) -> str:
         "",
         "Every peer; the ratio is ours to it:",
         "",
-        "| network | peer | images/s (lowest to highest) | ratio | first step "
+        "| network | peer | images/s (lowest to highest) | ratio | command to first step "
         "| of which compiling | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
