@@ -325,6 +325,7 @@ def test_streamed_data_gives_bit_for_bit_the_same_run(whole_run, tmp_path, monke
             os.kill(os.getpid(), signal.SIGTERM)
 
     config = small_config(**{"data.loader": "stream"})
+    expected = trained.load(whole_run[0]).evaluate("test")
     # Streaming is for data that does not fit.
     monkeypatch.setattr(environment, "free_memory", lambda: (0, None))
     with monkeypatch.context() as patch:
@@ -333,11 +334,12 @@ def test_streamed_data_gives_bit_for_bit_the_same_run(whole_run, tmp_path, monke
             train.train_and_evaluate(config, tmp_path / "run")
     train.train_and_evaluate(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", whole_run[0])
-    expected = trained.load(whole_run[0]).evaluate("test")
     assert trained.load(tmp_path / "run").evaluate("test") == expected
 
     with pytest.raises(UserError, match=r"0.0 GiB free: set data.loader=stream"):
         train.train_and_evaluate(small_config(), tmp_path / "resident")
+    with pytest.raises(UserError, match=r"0.0 GiB free: set data.loader=stream"):
+        trained.load(whole_run[0]).evaluate("test")
     assert not (tmp_path / "resident").exists()
 
 
