@@ -18,10 +18,16 @@ def prepared(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("tfds")
 
 
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory) -> Path:
+    """One folder for all programs that the tests compile and keep."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def data_dir(monkeypatch, prepared) -> Path:
+def data_dir(monkeypatch, prepared, cache_home) -> Path:
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(prepared / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     monkeypatch.delenv("MNIST_FLAX_MANUAL_DIR", raising=False)
     return prepared
 
