@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mnist_flax.errors import UserError, nearest
-from mnist_flax.layers import Concatenate, Conv, Flatten, MaxPool
+from mnist_flax.layers import Concatenate, Conv, Dropout, Flatten, MaxPool
 
 Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
 
@@ -47,12 +47,12 @@ class CNN(nn.Module):
             # ReLU after the pool: the same values as before it, on a quarter of the numbers.
             x = nn.relu(Conv(features, (kernel, kernel), pool=pool, dtype=self.dtype)(x))
         if self.conv_dropout:
-            x = nn.Dropout(self.conv_dropout, deterministic=not train)(x)
+            x = Dropout(self.conv_dropout)(x, train)
         x = Flatten()(x)
         for features in self.dense:
             x = nn.relu(Dense(features, dtype=self.dtype)(x))
         if self.dense_dropout:
-            x = nn.Dropout(self.dense_dropout, deterministic=not train)(x)
+            x = Dropout(self.dense_dropout)(x, train)
         return Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
 
 

@@ -33,7 +33,7 @@ def rows(model: nn.Module, image_shape: tuple[int, int, int] = (28, 28, 1)) -> l
         module = context.module
         if context.method_name != "__call__" or module.scope.path == ():
             return next_call(*args, **kwargs)
-        place = len(found)
+        name, place = "/".join(module.scope.path), len(found)
         found.append(None)
         y = next_call(*args, **kwargs)
         shape = y.shape[1:]
@@ -41,8 +41,10 @@ def rows(model: nn.Module, image_shape: tuple[int, int, int] = (28, 28, 1)) -> l
             # Of a pooled convolution this is the shape before its pool, which has its own row.
             size = layers.conv_output_size(args[0].shape[1:3], module.kernel_size, module.padding)
             shape = (*size, module.features)
+            if module.pool:
+                found.append(Row(f"{name}/pool", "MaxPool", y.shape[1:], 0))
         parameters = count_parameters(module.variables.get("params", {}))
-        found[place] = Row("/".join(module.scope.path), type(module).__name__, shape, parameters)
+        found[place] = Row(name, type(module).__name__, shape, parameters)
         return y
 
     with nn.intercept_methods(note):

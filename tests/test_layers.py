@@ -18,7 +18,15 @@ def reference_conv(x, kernel, padding):
     )
 
 
-def assert_same_conv(x, kernel, padding, tolerance):
+def reference_conv_pool(x, kernel, padding):
+    return nn.max_pool(reference_conv(x, kernel, padding), (2, 2), (2, 2))
+
+
+REFERENCES = {layers.conv: reference_conv, layers.conv_pool: reference_conv_pool}
+both = pytest.mark.parametrize("conv", REFERENCES)
+
+
+def assert_same(conv, x, kernel, padding, tolerance):
     def with_gradients(conv):
         @jax.jit
         def run(x, kernel):
@@ -27,7 +35,7 @@ def assert_same_conv(x, kernel, padding, tolerance):
 
         return run(x, kernel)
 
-    pairs = zip(with_gradients(layers.conv), with_gradients(reference_conv), strict=True)
+    pairs = zip(with_gradients(conv), with_gradients(REFERENCES[conv]), strict=True)
     for actual, expected in pairs:
         assert actual.dtype == expected.dtype
         actual, expected = actual.astype(jnp.float32), expected.astype(jnp.float32)
@@ -37,21 +45,20 @@ def assert_same_conv(x, kernel, padding, tolerance):
 @pytest.mark.parametrize("padding", ["VALID", "SAME"])
 @pytest.mark.parametrize("kernel_size", [(1, 1), (3, 5), (4, 2)])
 @pytest.mark.parametrize("channels", [3, 32])
-@pytest.mark.parametrize("split", [False, True])
-def test_conv_is_xlas_convolution(monkeypatch, padding, kernel_size, channels, split):
-    if split:
-        monkeypatch.setattr(layers, "_UNSPLIT_BYTES", 0)
-        monkeypatch.setattr(layers, "_BLOCK_BYTES", 200_000)
+@pytest.mark.parametrize("block_bytes", [2**20, 50_000])
+@both
+def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, channels, block_bytes):
+    monkeypatch.setattr(layers, "_BLOCK_BYTES", block_bytes)
     x = normal(0, (6, 9, 12, channels))
     kernel = normal(1, (*kernel_size, channels, 7))
-    assert_same_conv(x, kernel, padding, 4e-6)
+    assert_same(conv, x, kernel, padding, 4e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 40])
 def test_conv_in_bfloat16_sums_in_float32(channels):
     x = normal(0, (4, 8, 8, channels), jnp.bfloat16)
     kernel = normal(1, (3, 3, channels, 8), jnp.bfloat16)
-    assert_same_conv(x, kernel, "VALID", 2e-2)
+    assert_same(layers.conv, x, kernel, "VALID", 2e-2)
     # The one rounding is the result's own: sums of about 20 that cancel would show others.
     exact = reference_conv(x.astype(jnp.float32), kernel.astype(jnp.float32), "VALID")
     y = jax.jit(partial(layers.conv, padding="VALID"))(x, kernel)
@@ -60,28 +67,25 @@ def test_conv_in_bfloat16_sums_in_float32(channels):
 
 @pytest.mark.parametrize("batch", [1, 7, 12])
 def test_blocks_of_the_batch(monkeypatch, batch):
-    monkeypatch.setattr(layers, "_UNSPLIT_BYTES", 0)
     x, kernel = normal(0, (batch, 6, 6, 16)), normal(1, (3, 3, 16, 8))
     bytes_per_image = 6 * 6 * (3 * 16 + 8) * 4
     monkeypatch.setattr(layers, "_BLOCK_BYTES", 5 * bytes_per_image)
-    assert_same_conv(x, kernel, "VALID", 4e-6)
+    assert_same(layers.conv, x, kernel, "VALID", 4e-6)
     blocks = layers._plan(x, kernel)[2](x)
     # Five fit; a batch of 7, which only 1 divides, is filled up to two blocks of 5.
     assert blocks.shape[1] == {1: 1, 7: 5, 12: 4}[batch]
 
 
-def test_an_empty_batch():
-    assert layers.conv(jnp.zeros((0, 8, 8, 3)), normal(1, (3, 3, 3, 4)), "VALID").shape == (
-        0,
-        6,
-        6,
-        4,
-    )
+@both
+def test_an_empty_batch(conv):
+    y = conv(jnp.zeros((0, 8, 8, 3)), normal(1, (3, 3, 3, 4)), "VALID")
+    assert y.shape == {layers.conv: (0, 6, 6, 4), layers.conv_pool: (0, 3, 3, 4)}[conv]
 
 
-def test_conv_is_lowered_for_each_platform():
+@both
+def test_conv_is_lowered_for_each_platform(conv):
     def lowered(platform):
-        traced = jax.jit(lambda x, k: layers.conv(x, k, "VALID")).trace(
+        traced = jax.jit(lambda x, k: conv(x, k, "VALID")).trace(
             normal(0, (2, 8, 8, 3)), normal(1, (3, 3, 3, 4))
         )
         return traced.lower(lowering_platforms=(platform,)).as_text()
@@ -154,3 +158,32 @@ def test_images_too_small_are_refused():
         layers.conv(normal(0, (1, 4, 9, 1)), normal(1, (5, 5, 1, 2)), "VALID")
     with pytest.raises(UserError, match="1×3 pixels reach a 2×2 max-pool"):
         layers.max_pool(normal(0, (1, 1, 3, 1)))
+    with pytest.raises(UserError, match="1×3 pixels reach a 2×2 max-pool"):
+        layers.conv_pool(normal(0, (1, 5, 7, 1)), normal(1, (5, 5, 1, 2)), "VALID")
+
+
+@both
+def test_ties_and_nan_go_the_way_of_linens_pool(conv):
+    x = jnp.round(normal(0, (2, 7, 8, 1))).at[0, 3, 3, 0].set(jnp.nan)
+    kernel = jnp.ones((2, 2, 1, 3))
+    actual, expected = (
+        jax.jit(lambda x, conv=conv: conv(x, kernel, "VALID"))(x)
+        for conv in (conv, REFERENCES[conv])
+    )
+    np.testing.assert_array_equal(actual, expected)
+    assert_same(conv, jnp.nan_to_num(x), kernel, "VALID", 1e-6)
+
+
+def test_dropout():
+    x = normal(0, (64, 33, 25)) + 10
+    key = jax.random.key(0)
+    y = layers.Dropout(0.2).apply({}, x, train=True, rngs={"dropout": key})
+    kept = y != 0
+    np.testing.assert_allclose(y[kept], x[kept] / 0.8, rtol=1e-5)
+    # Within four deviations of a share of 52,800 draws, over all and between neighbours.
+    assert abs(kept.mean() - 0.8) < 4 * np.sqrt(0.2 * 0.8 / x.size)
+    both = kept.ravel()[1:] & kept.ravel()[:-1]
+    assert abs(both.mean() - 0.64) < 4 * np.sqrt(0.64 * 0.36 * 2 / x.size)
+    other = layers.Dropout(0.2).apply({}, x, train=True, rngs={"dropout": jax.random.key(1)})
+    assert abs(((other != 0) & kept).mean() - 0.64) < 4 * np.sqrt(0.64 * 0.36 / x.size)
+    np.testing.assert_array_equal(layers.Dropout(0.2).apply({}, x, train=False), x)

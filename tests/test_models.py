@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mnist_flax import models, summary
+from mnist_flax import layers, models, summary
 from mnist_flax.errors import UserError
 from mnist_flax.state import count_parameters
 from tests.helpers import random_variables, uniform
@@ -187,8 +187,8 @@ def test_dropout_rates(name):
     found = []
 
     def note(next_call, args, kwargs, context):
-        if isinstance(context.module, nn.Dropout):
-            found.append((args[0].ndim, context.module.rate, context.module.deterministic))
+        if isinstance(context.module, layers.Dropout):
+            found.append((args[0].ndim, context.module.rate, args[1]))
         return next_call(*args, **kwargs)
 
     model = models.create(name)
@@ -196,7 +196,7 @@ def test_dropout_rates(name):
     with nn.intercept_methods(note):
         jax.eval_shape(partial(model.init, train=True), rngs, jnp.zeros((1, 28, 28, 1)))
     after_convs, after_dense = DROPOUT.get(name, (0, 0))
-    expected = [(4, after_convs, False), (2, after_dense, False)]
+    expected = [(4, after_convs, True), (2, after_dense, True)]
     assert found == [drop for drop in expected if drop[1]]
 
 
@@ -250,7 +250,7 @@ def test_summary_table(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["summary", "larger"])
     summary.main()
     out = capsys.readouterr().out
-    assert "Conv_1 (Conv)               (None, 10, 10, 15)       4,065\n" in out
+    assert "Conv_1 (Conv)          (None, 10, 10, 15)       4,065\n" in out
     assert "Total parameters: 59,933 (0.23 MiB in float32)" in out
 
 
