@@ -19,7 +19,7 @@ import jax
 
 from benchmarks import hardware, recipes
 from benchmarks.throughput import NETWORKS, RESULTS
-from mnist_flax import batches, cli, datasets, environment, loaders, train
+from mnist_flax import batches, cli, datasets, environment, loaders, parallel, train
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,7 +60,10 @@ def main(argv: list[str] | None = None) -> None:
 def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int]]:
     """The ways by name: each brings every image once and returns their number."""
     config = recipes.config(network)
-    data = {name: loaders.create(name, dataset, split) for name in loaders.NAMES}
+    parallel.prepare(config)
+    mesh = parallel.mesh(config)
+    sharding = parallel.replicated(mesh)
+    data = {name: loaders.create(name, dataset, split, "", sharding) for name in loaders.NAMES}
     size, most = data["stream"].size, data["stream"].most
     rows = batches.train_batches(0, 0, size, config.batch_size)
     length = train.piece_length(config, size, most)
@@ -77,10 +80,10 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
         return size
 
     def training(loader: loaders.Loader) -> Callable[[], int]:
-        state = train.initial_state(config, model, tx, loader.image_shape)
-        nothing = loaders.Resident(datasets.load(dataset, "test[:1]"))
+        state = train.initial_state(config, model, tx, loader.image_shape, mesh)
+        nothing = loaders.Resident(datasets.load(dataset, "test[:1]"), sharding)
         splits = train.Data(loader, watch=None, test=nothing, num_classes=model.num_classes)
-        program = train.compile_programs(config, model, tx, state, splits).train
+        program = train.compile_programs(config, model, tx, state, splits, mesh).train
 
         def epoch() -> int:
             nonlocal state

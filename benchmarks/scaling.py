@@ -97,7 +97,7 @@ def measure(
     import numpy as np
 
     from benchmarks.peers import ours
-    from mnist_flax import batches, datasets, loaders, train
+    from mnist_flax import batches, datasets, loaders, parallel, train
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (examples, 28, 28, 1), np.uint8)
@@ -111,11 +111,14 @@ def measure(
         dense=tuple(round(width * features) for features in own.dense),
     )
     tx = train.create_optimizer(config, examples)
-    data = loaders.Resident(datasets.Arrays(images, labels))
-    probe = loaders.Resident(datasets.Arrays(images[:500], labels[:500]))
+    parallel.prepare(config)
+    mesh = parallel.mesh(config)
+    sharding = parallel.replicated(mesh)
+    data = loaders.Resident(datasets.Arrays(images, labels), sharding)
+    probe = loaders.Resident(datasets.Arrays(images[:500], labels[:500]), sharding)
     splits = train.Data(data, watch=None, test=probe, num_classes=10)
-    state = train.initial_state(config, model, tx, data.image_shape)
-    program = train.compile_programs(config, model, tx, state, splits).train
+    state = train.initial_state(config, model, tx, data.image_shape, mesh)
+    program = train.compile_programs(config, model, tx, state, splits, mesh).train
 
     length = train.piece_length(config, examples, data.most)
     rows = batches.train_batches(0, 0, examples, batch_size)

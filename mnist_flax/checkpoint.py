@@ -79,8 +79,8 @@ def restore(
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest sound checkpoint, or that of `step`; None where there is none at all.
 
-    A damaged one is passed over with a warning. `like` makes of the record a state, perhaps
-    abstract, whose shapes and dtypes are restored, on the first device.
+    A damaged one is passed over with a warning. `like` makes of the record a state whose shapes,
+    dtypes and shardings are restored; an abstract one is restored on the first device.
 
     Raises:
         UserError: no checkpoint can be read, or the one asked for cannot or does not exist.
@@ -96,7 +96,9 @@ def restore(
             args = ocp.args.Composite(record=ocp.args.JsonRestore())
             record = manager.restore(candidate, args=args).record
             abstract = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
+                ),
                 like(record["run"]),
             )
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))

@@ -39,6 +39,9 @@ def default() -> ConfigDict:
             "seed": 0,
             # dtype of the forward and backward computation; parameters stay float32.
             "compute_dtype": "float32",
+            # Devices that share each batch. 0: every CPU core for which there are 16 examples,
+            # or one GPU or TPU.
+            "parallel": 0,
             "data": {
                 # "digits" (embedded), "mnist", "fashion_mnist", "kmnist" or another TFDS name.
                 "name": "mnist",
@@ -108,7 +111,7 @@ def validate(config: ConfigDict) -> None:
     for key in ("batch_size", "epochs"):
         if given[key] < 1:
             raise UserError(f"{key}={given[key]} must be at least 1")
-    for key in ("seed", "checkpoint.every_steps"):
+    for key in ("seed", "parallel", "checkpoint.every_steps"):
         if given[key] < 0:
             raise UserError(f"{key}={given[key]} must be 0 or more")
     if given["seed"] >= 2**32:

@@ -12,7 +12,7 @@ import os
 import uuid
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -157,10 +157,10 @@ def open_slice(name: str, split: str, manual_dir: str = "") -> Examples:
     return Examples(*decoding.sources(builder, builders.resolve(builder, split)))
 
 
-def image_bytes(name: str, splits: Iterable[str], manual_dir: str = "") -> tuple[int, int]:
-    """Bytes of the images that `load` gives for some slices, and of those that it reads.
+def image_bytes(name: str, split: str, manual_dir: str = "") -> tuple[int, int]:
+    """Bytes of the images that `load` gives for a slice, and of those that it reads.
 
-    It reads whole splits, of which it gives slices. Both are 0 where a data set does not declare
+    It reads whole splits, of which it gives a slice. Both are 0 where a data set does not declare
     the size of its images.
 
     Raises:
@@ -168,15 +168,13 @@ def image_bytes(name: str, splits: Iterable[str], manual_dir: str = "") -> tuple
     """
     from mnist_flax import builders
 
-    given, read = 0, {}
-    for split in splits:
-        builder = _prepared(name, split, manual_dir)
-        shape = builder.info.features[builders.feature_keys(builder)[0]].shape
-        each = 0 if None in shape else math.prod(shape)
-        for part, start, stop in builders.resolve(builder, split):
-            given += (stop - start) * each
-            read[part] = builder.info.splits[part].num_examples * each
-    return given, sum(read.values())
+    builder = _prepared(name, split, manual_dir)
+    shape = builder.info.features[builders.feature_keys(builder)[0]].shape
+    each = 0 if None in shape else math.prod(shape)
+    parts = builders.resolve(builder, split)
+    given = sum(stop - start for _, start, stop in parts)
+    read = sum(builder.info.splits[part].num_examples for part in {part for part, *_ in parts})
+    return given * each, read * each
 
 
 def _prepared(name: str, split: str, manual_dir: str) -> "tfds.core.DatasetBuilder":

@@ -1,4 +1,4 @@
-"""What a run ran on, for its records."""
+"""What a run runs on: device, cores, memory and versions; and where it keeps compiled programs."""
 
 import contextlib
 import importlib.metadata
@@ -28,9 +28,13 @@ def device_name() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
-    # The cores that this process may use, where the system tells.
+    return f"cpu ({cores()} cores)"
+
+
+def cores() -> int:
+    """The cores that this process may use, where the system tells."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return f"cpu ({len(affinity(0)) if affinity else os.cpu_count()} cores)"
+    return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def keep_compiled() -> None:

@@ -7,12 +7,13 @@ either loader, so that training is bit for bit the same.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from mnist_flax import datasets, environment
 from mnist_flax.datasets import Arrays, Examples
@@ -37,10 +38,10 @@ class Piece(NamedTuple):
 
 
 class Resident:
-    """A whole data set on the device, once, as uint8; a piece is nothing but indices."""
+    """A whole data set on each device, once, as uint8; a piece is nothing but indices."""
 
-    def __init__(self, arrays: Arrays):
-        self._arrays = jax.device_put(arrays)
+    def __init__(self, arrays: Arrays, sharding: Sharding):
+        self._arrays = jax.device_put(arrays, sharding)
         self.size, self.image_shape = len(arrays.labels), arrays.images.shape[1:]
         # It brings indices only.
         self.most = sys.maxsize
@@ -60,8 +61,8 @@ class Streamed:
     A few pieces of at most 64 MiB are held at a time, whatever the size of the data set.
     """
 
-    def __init__(self, examples: Examples):
-        self._examples = examples
+    def __init__(self, examples: Examples, sharding: Sharding):
+        self._examples, self._sharding = examples, sharding
         self.size, self.image_shape = len(examples), examples.image_shape
         self.most = max(1, _STREAMED_BYTES // int(np.prod(self.image_shape)))
 
@@ -77,7 +78,7 @@ class Streamed:
             .batch(length * rows.shape[1], batch_fn=_stack)
         )
         pipeline = grain.experimental.device_put(
-            pipeline, jax.devices()[0], cpu_buffer_size=1, device_buffer_size=1
+            pipeline, self._sharding, cpu_buffer_size=1, device_buffer_size=1
         )
         for part, (images, labels) in zip(parts, pipeline, strict=True):
             positions = np.arange(part.size, dtype=np.int32).reshape(part.shape)
@@ -95,29 +96,35 @@ class Streamed:
 Loader = Resident | Streamed
 
 
-def create(loader: str, name: str, split: str, manual_dir: str = "") -> Loader:
+def create(loader: str, name: str, split: str, manual_dir: str, sharding: Sharding) -> Loader:
     """The loader, one of `NAMES`, of a slice of a data set.
 
+    Args:
+        loader: `resident` or `stream`.
+        name, split, manual_dir: as `datasets.load` takes them.
+        sharding: which devices get the examples: each gets all.
+
     Raises:
-        UserError: the data cannot be had.
+        UserError: the data cannot be had, or does not fit into memory.
     """
     if loader == "stream":
-        return Streamed(datasets.open_slice(name, split, manual_dir))
-    return Resident(datasets.load(name, split, manual_dir))
+        return Streamed(datasets.open_slice(name, split, manual_dir), sharding)
+    _check_memory(name, split, manual_dir, len(sharding.device_set))
+    return Resident(datasets.load(name, split, manual_dir), sharding)
 
 
-def check_memory(name: str, splits: Iterable[str], manual_dir: str = "") -> None:
-    """Refuses splits that do not fit, before any of them is read.
+def _check_memory(name: str, split: str, manual_dir: str, copies: int) -> None:
+    """Refuses a split that does not fit, before it is read.
 
     Raises:
-        UserError: they take more memory than the device, or this machine, has free.
+        UserError: it takes more memory than a device, or this machine, has free.
     """
-    given, read = datasets.image_bytes(name, splits, manual_dir)
+    given, read = datasets.image_bytes(name, split, manual_dir)
     host, device = environment.free_memory()
-    # On CPU both copies lie in one memory.
     needs = [("this machine", read, host), (environment.device_name(), given, device)]
     if device is None:
-        needs = [("this machine", read + given, host)]
+        # On CPU all copies lie in one memory.
+        needs = [("this machine", read + copies * given, host)]
     for memory, needed, free in needs:
         if needed > free:
             raise UserError(

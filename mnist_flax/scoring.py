@@ -6,16 +6,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.sharding import Mesh
 
-from mnist_flax import batches, steps
-from mnist_flax.loaders import Resident, Streamed
+from mnist_flax import batches, parallel, steps
+from mnist_flax.loaders import Loader
 
 _BATCH_SIZE = 500
 _PIECE = 10_000
 
 
 def compile_scorer(
-    model: nn.Module, variables: Any, data: Resident | Streamed
+    model: nn.Module, variables: Any, data: Loader, mesh: Mesh
 ) -> Callable[[Any], dict[str, Any]]:
     """A compiled function from variables to {"loss", "accuracy", "count"} on `data`.
 
@@ -23,17 +24,13 @@ def compile_scorer(
     """
     rows = batches.eval_batches(data.size, _BATCH_SIZE)
     length = max(1, min(len(rows), data.most // _BATCH_SIZE, _PIECE // _BATCH_SIZE))
-    epoch = jax.jit(partial(steps.eval_epoch, model=model))
-    by_length = {
-        n: epoch.lower(variables, *data.abstract(n, _BATCH_SIZE)).compile()
-        for n in {length, len(rows) % length} - {0}
-    }
+    lengths = {length, len(rows) % length} - {0}
+    epoch = parallel.compile_epoch(
+        partial(steps.eval_epoch, model=model), mesh, variables, data, _BATCH_SIZE, lengths
+    )
 
     def score(variables: Any) -> dict[str, Any]:
-        parts = [
-            jax.device_get(by_length[len(piece.rows)](variables, *piece))
-            for piece in data.pieces(rows, length)
-        ]
+        parts = [jax.device_get(epoch(variables, piece)) for piece in data.pieces(rows, length)]
         return averages(jax.tree.map(lambda *sums: sum(s.item() for s in sums), *parts))
 
     return score

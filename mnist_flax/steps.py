@@ -144,6 +144,7 @@ def train_epoch(
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """`train_step` over each row of `batches`, int32 [steps, B], in one `lax.scan`.
 
@@ -154,7 +155,7 @@ def train_epoch(
     def step(carry, indices):
         state, total = carry
         batch = gather(images, labels, indices)
-        state, metrics = train_step(state, batch, model=model, tx=tx)
+        state, metrics = train_step(state, batch, model=model, tx=tx, axis_name=axis_name)
         return (state, total + metrics), None
 
     (state, total), _ = lax.scan(step, (state, Metrics.zero()), batches)
@@ -162,12 +163,19 @@ def train_epoch(
 
 
 def eval_epoch(
-    variables: Any, images: jax.Array, labels: jax.Array, batches: jax.Array, *, model: nn.Module
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    batches: jax.Array,
+    *,
+    model: nn.Module,
+    axis_name: str | None = None,
 ) -> Metrics:
     """`eval_step` over each row of `batches`, int32 [steps, B], in one `lax.scan`."""
 
     def step(total, indices):
-        return total + eval_step(variables, gather(images, labels, indices), model=model), None
+        batch = gather(images, labels, indices)
+        return total + eval_step(variables, batch, model=model, axis_name=axis_name), None
 
     total, _ = lax.scan(step, Metrics.zero(), batches)
     return total

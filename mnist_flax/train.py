@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mnist_flax import (
@@ -24,6 +25,7 @@ from mnist_flax import (
     loaders,
     models,
     optim,
+    parallel,
     report,
     rundir,
     scoring,
@@ -111,7 +113,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         report.result(summary, run_dir)
         return summary
 
-    data = load_data(config)
+    parallel.prepare(config)
+    mesh = parallel.mesh(config)
+    data = load_data(config, mesh)
     if config.batch_size > data.train.size:
         raise UserError(
             f"batch_size={config.batch_size} is more than the {data.train.size} examples "
@@ -120,11 +124,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     image_shape = data.train.image_shape
     model = create_model(config, data.num_classes)
     tx = create_optimizer(config, data.train.size)
-    state = initial_state(config, model, tx, image_shape)
+    state = initial_state(config, model, tx, image_shape, mesh)
+    parameters = state_lib.count_parameters(state.params)
 
     rundir.create(run_dir, config)
     device = environment.device_name()
-    parameters = state_lib.count_parameters(state.params)
     report.header(config, parameters, data, run_dir, device)
 
     # Choosing the best by images of the test set would make its score a lie.
@@ -151,7 +155,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         earlier = position.wall_seconds
 
         clock = time.perf_counter()
-        programs = compile_programs(config, model, tx, state, data)
+        programs = compile_programs(config, model, tx, state, data, mesh)
         position.compile_seconds += time.perf_counter() - clock
 
         while position.epoch < config.epochs and not received:
@@ -206,27 +210,25 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     return summary
 
 
-def load_data(config: ConfigDict) -> Data:
-    """The splits of a run; equal splits share one.
+def load_data(config: ConfigDict, mesh: Mesh) -> Data:
+    """The splits of a run, on every device of the mesh; equal splits share one.
 
     Raises:
         UserError: the data cannot be had, or does not fit into memory.
     """
-    splits = {config.data.train_split, config.data.watch_split, config.data.test_split} - {""}
-    if config.data.loader == "resident":
-        loaders.check_memory(config.data.name, splits, config.data.manual_dir)
+    data, sharding = config.data, parallel.replicated(mesh)
 
     def load(split: str) -> Loader:
-        return loaders.create(config.data.loader, config.data.name, split, config.data.manual_dir)
+        return loaders.create(data.loader, data.name, split, data.manual_dir, sharding)
 
-    test = load(config.data.test_split)
+    test = load(data.test_split)
     watch = None
-    if config.data.watch_split == config.data.test_split:
+    if data.watch_split == data.test_split:
         watch = test
-    elif config.data.watch_split:
-        watch = load(config.data.watch_split)
-    num_classes = datasets.num_classes(config.data.name)
-    return Data(load(config.data.train_split), watch, test, num_classes)
+    elif data.watch_split:
+        watch = load(data.watch_split)
+    num_classes = datasets.num_classes(data.name)
+    return Data(load(data.train_split), watch, test, num_classes)
 
 
 def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
@@ -247,12 +249,14 @@ def initial_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
+    mesh: Mesh,
 ) -> TrainState:
-    """The state before the first step, determined by `config.seed`."""
+    """The state before the first step, determined by `config.seed`, on every device."""
     # Jitted, as Linen's initialisation run op by op compiles a program for each op; and barely
     # optimised, as it runs once: compiling it well takes two seconds longer.
     create = jax.jit(
         partial(state_lib.create, model=model, tx=tx, image_shape=image_shape),
+        out_shardings=parallel.replicated(mesh),
         compiler_options={"xla_backend_optimization_level": 0},
     )
     return create(np.uint32(config.seed))
@@ -286,26 +290,24 @@ def compile_programs(
     tx: optax.GradientTransformation,
     state: TrainState,
     data: Data,
+    mesh: Mesh,
 ) -> Programs:
-    """Compiles everything that a run executes on the device."""
-    train = jax.jit(partial(steps.train_epoch, model=model, tx=tx), donate_argnums=0)
-    steps_in_epoch = steps_per_epoch(config, data.train.size)
+    """Compiles everything that a run executes on the devices."""
     length = piece_length(config, data.train.size, data.train.most)
-    by_length = {}
-    for n in {length, steps_in_epoch % length} - {0}:
-        piece = data.train.abstract(n, config.batch_size)
-        by_length[n] = train.lower(state, *piece).compile()
+    lengths = {length, steps_per_epoch(config, data.train.size) % length} - {0}
+    epoch = partial(steps.train_epoch, model=model, tx=tx)
+    train = parallel.compile_epoch(
+        epoch, mesh, state, data.train, config.batch_size, lengths, donate=True
+    )
 
     variables = state_lib.variables(state)
-    score_test = scoring.compile_scorer(model, variables, data.test)
+    score_test = scoring.compile_scorer(model, variables, data.test, mesh)
     score_watch = score_test
     if data.watch is None:
         score_watch = None
     elif data.watch is not data.test:
-        score_watch = scoring.compile_scorer(model, variables, data.watch)
-    return Programs(
-        lambda state, piece: by_length[len(piece.rows)](state, *piece), score_watch, score_test
-    )
+        score_watch = scoring.compile_scorer(model, variables, data.watch, mesh)
+    return Programs(train, score_watch, score_test)
 
 
 def _train_pieces(

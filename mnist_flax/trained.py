@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mnist_flax import checkpoint, loaders, rundir, scoring, steps, train
+from mnist_flax import checkpoint, loaders, parallel, rundir, scoring, steps, train
 from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
 
@@ -74,10 +74,10 @@ class Trained:
         """
         data = self.config.data
         split = split or data.test_split
-        if data.loader == "resident":
-            loaders.check_memory(data.name, [split], data.manual_dir)
-        loader = loaders.create(data.loader, data.name, split, data.manual_dir)
-        return scoring.compile_scorer(self.model, self.variables, loader)(self.variables)
+        mesh = parallel.single_mesh()
+        sharding = parallel.replicated(mesh)
+        loader = loaders.create(data.loader, data.name, split, data.manual_dir, sharding)
+        return scoring.compile_scorer(self.model, self.variables, loader, mesh)(self.variables)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         shape = self.image_shape

@@ -7,20 +7,23 @@ import jax
 
 from benchmarks import recipes
 from benchmarks.peers import PROBE, Data, Job, Peer
-from mnist_flax import datasets, loaders, state, train
+from mnist_flax import datasets, loaders, parallel, state, train
 
 
 def create(job: Job, data: Data, variant: str) -> Peer:
     config = recipes.config(job.network)
-    arrays = loaders.Resident(datasets.Arrays(data.images, data.labels))
-    probe = loaders.Resident(datasets.Arrays(data.images[PROBE], data.labels[PROBE]))
+    parallel.prepare(config)
+    mesh = parallel.mesh(config)
+    sharding = parallel.replicated(mesh)
+    arrays = loaders.Resident(datasets.Arrays(data.images, data.labels), sharding)
+    probe = loaders.Resident(datasets.Arrays(data.images[PROBE], data.labels[PROBE]), sharding)
     # Scored on the probe only, so that nothing else is compiled.
     splits = train.Data(train=arrays, watch=None, test=probe, num_classes=10)
     model = train.create_model(config, splits.num_classes)
     tx = train.create_optimizer(config, arrays.size)
-    current = train.initial_state(config, model, tx, arrays.image_shape)
+    current = train.initial_state(config, model, tx, arrays.image_shape, mesh)
     parameters = state.count_parameters(current.params)
-    programs = train.compile_programs(config, model, tx, current, splits)
+    programs = train.compile_programs(config, model, tx, current, splits, mesh)
 
     length = train.piece_length(config, arrays.size, arrays.most)
     # Without the remainder, which has fewer steps.
