@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mnist_flax import layers
+from mnist_flax import cpu_conv, layers
 from mnist_flax.errors import UserError
 from tests.helpers import normal
 
@@ -48,10 +48,22 @@ def assert_same(conv, x, kernel, padding, tolerance):
 @pytest.mark.parametrize("block_bytes", [2**20, 50_000])
 @both
 def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, channels, block_bytes):
-    monkeypatch.setattr(layers, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", block_bytes)
     x = normal(0, (6, 9, 12, channels))
     kernel = normal(1, (*kernel_size, channels, 7))
     assert_same(conv, x, kernel, padding, 4e-6)
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 3), (4, 3), (5, 5)])
+@pytest.mark.parametrize("size", [(6, 9), (7, 11), (23, 20)])
+@pytest.mark.parametrize("batch_of_blocks", [False, True])
+@both
+def test_winograd_is_xlas_convolution(monkeypatch, conv, kernel_size, size, batch_of_blocks):
+    x, kernel = normal(0, (3, *size, 32)), normal(1, (*kernel_size, 32, 34))
+    assert cpu_conv._suits_winograd(x, kernel)
+    if batch_of_blocks:
+        monkeypatch.setattr(cpu_conv, "_WINOGRAD_BYTES", 2**20)
+    assert_same(conv, x, kernel, "VALID", 2e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 40])
@@ -69,9 +81,9 @@ def test_conv_in_bfloat16_sums_in_float32(channels):
 def test_blocks_of_the_batch(monkeypatch, batch):
     x, kernel = normal(0, (batch, 6, 6, 16)), normal(1, (3, 3, 16, 8))
     bytes_per_image = 6 * 6 * (3 * 16 + 8) * 4
-    monkeypatch.setattr(layers, "_BLOCK_BYTES", 5 * bytes_per_image)
+    monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", 5 * bytes_per_image)
     assert_same(layers.conv, x, kernel, "VALID", 4e-6)
-    blocks = layers._plan(x, kernel)[2](x)
+    blocks = cpu_conv._plan(x, kernel)[2](x)
     # Five fit; a batch of 7, which only 1 divides, is filled up to two blocks of 5.
     assert blocks.shape[1] == {1: 1, 7: 5, 12: 4}[batch]
 
