@@ -234,8 +234,8 @@ def _winograd_bwd(pool, residuals, g):
         x, first, g = block
         dy = _to_output_tiles(g, plan)
         if pool:
-            corners = jnp.stack([jnp.where(first == i, dy, 0) for i in range(4)])
-            dy = corners.reshape(2, 2, *dy.shape).transpose(2, 0, 3, 1, 4, 5)
+            places = [(i // 2, j // 2, i % 2 * 2 + j % 2) for i in range(m) for j in range(m)]
+            dy = jnp.stack([jnp.where(first[i, j] == place, dy[i, j], 0) for i, j, place in places])
         dproducts = _dot(plan.output.T, dy.reshape(m * m, -1)).reshape(len(weights), -1, features)
         dweights = jnp.matmul(_transformed_tiles(x, plan).swapaxes(1, 2), dproducts)
         dtiles = jnp.matmul(dproducts, weights.swapaxes(1, 2))
