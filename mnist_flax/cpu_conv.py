@@ -23,8 +23,8 @@ from jax import lax
 
 # Bytes of patches and outputs that one product may touch: half of a core's L2 cache.
 _BLOCK_BYTES = 2**20
-# The same for Winograd's, where wide products gain more than the cache does.
-_WINOGRAD_BYTES = 12 * 2**20
+# The same for Winograd's, with its several products: all of that cache.
+_WINOGRAD_BYTES = 2 * 2**20
 # Numbers in a vector register: products with whole vectors of columns take less time.
 _LANES = 16
 
