@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from mnist_flax import datasets, environment, loaders, steps
+from mnist_flax import datasets, environment, loaders, parallel, steps
 from mnist_flax.errors import UserError
 from tests.test_datasets import FIVE, write_tfrecord_set
 
@@ -14,14 +14,22 @@ ROWS = np.array([*range(119, -1, -1), 3, 3, *[-1] * 28], np.int32).reshape(3, 50
 def streamed(prepared):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(prepared))
-        return loaders.create("stream", "digits", "train[:100]+test[10:30]")
+        return create("stream", "digits", "train[:100]+test[10:30]")
 
 
 @pytest.fixture(scope="module")
 def resident(prepared):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(prepared))
-        return loaders.create("resident", "digits", "train[:100]+test[10:30]")
+        return create("resident", "digits", "train[:100]+test[10:30]")
+
+
+def create(loader, name, split):
+    return loaders.create(loader, name, split, "", sharding())
+
+
+def sharding():
+    return parallel.replicated(parallel.single_mesh())
 
 
 def batches_of(loader, length):
@@ -70,40 +78,43 @@ def test_images_of_another_size_stop_a_stream():
     examples = datasets.Examples([source], "image", "label")
     assert examples[1][0].shape == (2, 2, 1)
     with pytest.raises(UserError, match="the images differ in size"):
-        list(loaders.Streamed(examples).pieces(np.arange(3, dtype=np.int32)[None], 1))
+        list(loaders.Streamed(examples, sharding()).pieces(np.arange(3, dtype=np.int32)[None], 1))
 
 
 def test_tfrecord_cannot_be_streamed(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     write_tfrecord_set(tmp_path, "mnist", "3.0.1", FIVE)
     with pytest.raises(UserError, match="set data.loader=resident"):
-        loaders.create("stream", "mnist", "train")
+        create("stream", "mnist", "train")
 
 
 def test_a_slice_says_what_it_takes_before_it_is_read(prepared):
-    # Both splits are read as wholes.
-    expected = (120 * 784, (1500 + 297) * 784)
-    assert datasets.image_bytes("digits", ["train[:100]+test[10:30]"]) == expected
-    assert datasets.image_bytes("digits", ["train[:100]", "test[10:30]"]) == expected
+    # Splits are read as wholes, each once.
+    assert datasets.image_bytes("digits", "train[:100]") == (100 * 784, 1500 * 784)
+    several = "train[:100]+train[200:210]+test[10:30]"
+    assert datasets.image_bytes("digits", several) == (130 * 784, (1500 + 297) * 784)
     host, device = environment.free_memory()
     assert host > 2**20 and device is None
 
 
 @pytest.mark.parametrize(
-    ("host", "device", "named"),
+    ("host", "device", "copies", "named"),
     [
-        ((1500 + 60) * 784, None, "this machine"),
-        (1500 * 784, 60 * 784, "cpu"),
-        (1500 * 784, 60 * 784, "this machine"),
+        ((1500 + 60) * 784, None, 1, "this machine"),
+        ((1500 + 120) * 784, None, 2, "this machine"),
+        (1500 * 784, 60 * 784, 2, "cpu"),
+        (1500 * 784, 60 * 784, 2, "this machine"),
     ],
 )
-def test_data_that_does_not_fit_is_refused(monkeypatch, prepared, host, device, named):
+def test_data_that_does_not_fit_is_refused(monkeypatch, prepared, host, device, copies, named):
+    mesh = jax.make_mesh((copies,), (parallel.AXIS,), devices=jax.devices()[:copies])
     monkeypatch.setattr(environment, "free_memory", lambda: (host, device))
-    loaders.check_memory("digits", {"train[:20]", "train[20:60]"})
+    loaders.create("resident", "digits", "train[:60]", "", parallel.replicated(mesh))
     less = (host - 1, device) if named == "this machine" else (host, device - 1)
     monkeypatch.setattr(environment, "free_memory", lambda: less)
+    monkeypatch.setattr(datasets, "load", None)
     with pytest.raises(UserError, match=f"{named}.* has 0.0 GiB free: set data.loader=stream"):
-        loaders.check_memory("digits", {"train[:20]", "train[20:60]"})
+        loaders.create("resident", "digits", "train[:60]", "", parallel.replicated(mesh))
 
 
 def test_a_stream_refuses_what_cannot_be_read_or_has_no_label():
@@ -122,4 +133,4 @@ def test_a_stream_refuses_what_cannot_be_read_or_has_no_label():
             examples[index]
         rows = np.array([[0, index]], np.int32)
         with pytest.raises(UserError, match=message):
-            list(loaders.Streamed(examples).pieces(rows, 1))
+            list(loaders.Streamed(examples, sharding()).pieces(rows, 1))

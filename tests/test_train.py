@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 
 from mnist_flax import config as config_lib
-from mnist_flax import datasets, environment, report, rundir, signals, train, trained
+from mnist_flax import datasets, environment, parallel, report, rundir, signals, train, trained
 from mnist_flax.errors import UserError
 
 
 def small_config(**overrides):
-    """Three epochs of six steps on 90 digits, the last step of an epoch being of 10."""
+    """Three epochs of six steps on 90 digits by two devices, the last step being of 10."""
     config = config_lib.recipe(
         "small", "mnist", model="baseline", data__name="digits", batch_size=16, epochs=3
     )
     config.data.train_split = "train[:90]"
     config.data.watch_split = "train[90:150]"
     config.data.test_split = "test[:70]"
+    config.parallel = 2
     config.update_from_flattened_dict(overrides)
     return config
 
@@ -254,10 +255,11 @@ def test_the_best_is_not_chosen_by_images_of_the_test_set(tmp_path, monkeypatch)
 
 def test_the_state_is_donated_to_the_next_piece():
     config = small_config()
-    data = train.load_data(config)
+    mesh = parallel.mesh(config)
+    data = train.load_data(config, mesh)
     model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
-    state = train.initial_state(config, model, tx, (28, 28, 1))
-    programs = train.compile_programs(config, model, tx, state, data)
+    state = train.initial_state(config, model, tx, (28, 28, 1), mesh)
+    programs = train.compile_programs(config, model, tx, state, data, mesh)
     (piece,) = data.train.pieces(np.zeros((6, 16), np.int32), 6)
     after, _ = programs.train(state, piece)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

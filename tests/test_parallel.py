@@ -1,0 +1,67 @@
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from mnist_flax import config as config_lib
+from mnist_flax import datasets, loaders, parallel, train
+from mnist_flax.errors import UserError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (90, 28, 28, 1), np.uint8)
+LABELS = np.random.default_rng(1).integers(0, 10, 90, np.int32)
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_devices_together_train_and_score_as_one(devices):
+    config = config_lib.default()
+    config.model, config.batch_size = "convnet", 40
+
+    def run(count):
+        config.parallel = count
+        mesh = parallel.mesh(config)
+        assert mesh.size == count
+        data = loaders.Resident(datasets.Arrays(IMAGES, LABELS), parallel.replicated(mesh))
+        splits = train.Data(data, None, data, 10)
+        model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
+        state = train.initial_state(config, model, tx, (28, 28, 1), mesh)
+        programs = train.compile_programs(config, model, tx, state, splits, mesh)
+        rows = train.batches.train_batches(0, 0, 90, 40)
+        (piece,) = data.pieces(rows, 3)
+        state, metrics = programs.train(state, piece)
+        score = programs.score_test({"params": state.params, "batch_stats": {}})
+        assert (int(metrics.count), score["count"]) == (90, 90)
+        assert all(leaf.sharding.device_set == set(mesh.devices) for leaf in jax.tree.leaves(state))
+        return jax.device_get((state.params, metrics.loss_sum)), score
+
+    (alone, alone_score), (together, score) = run(1), run(devices)
+    # Adam turns rounding of gradients near 0 into steps of the learning rate's size.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), alone, together)
+    assert score["loss"] == pytest.approx(alone_score["loss"], rel=1e-4)
+
+
+def test_more_devices_than_there_are_are_refused():
+    config = config_lib.default()
+    config.parallel = 5
+    with pytest.raises(UserError, match="parallel=5 asks for more devices than there are: 4"):
+        parallel.mesh(config)
+
+
+def devices_of_a_new_process(**values):
+    lines = ["import jax", "from mnist_flax import config, parallel", "c = config.default()"]
+    lines += [f"c.{key} = {value}" for key, value in values.items()]
+    lines += ["parallel.prepare(c)", "print(parallel.mesh(c).size, jax.device_count())"]
+    environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    result = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
+    return [int(n) for n in result.stdout.split()]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this machine has one core")
+def test_cores_are_devices_where_the_batch_is_large_enough():
+    cores = len(os.sched_getaffinity(0))
+    assert devices_of_a_new_process(batch_size=16 * cores + 15) == [cores, cores]
+    assert devices_of_a_new_process(batch_size=31) == [1, 1]
+    assert devices_of_a_new_process(batch_size=500, parallel=1) == [1, 1]
