@@ -2,7 +2,7 @@
 
 On GPU and TPU a convolution is XLA's own (cuDNN on GPU). XLA's convolution is slow on CPU, and
 many times slower again inside a loop such as `lax.scan`, so that there it is written as matrix
-products: `cpu_conv.py` has the forms. `lax.platform_dependent` chooses when the program is
+products, of which `cpu_conv.py` has the forms. `lax.platform_dependent` chooses when the program is
 lowered, so one traced function serves every platform.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from mnist_flax import cpu_conv
+from mnist_flax import cpu_conv, tiles
 from mnist_flax.errors import UserError
 
 
@@ -169,7 +169,7 @@ def _max_pool_fwd(x):
     h, w = x.shape[1:3]
     _check_pool((h, w))
     corners = [x[:, i : h // 2 * 2 : 2, j : w // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)]
-    pooled, first = cpu_conv.first_of_largest(*corners)
+    pooled, first = tiles.first_of_largest(*corners)
     # The empty array tells the gradient the height and width, which odd sizes would lose.
     return pooled, (first, jnp.empty((0, h, w)))
 

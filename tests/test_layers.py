@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mnist_flax import cpu_conv, layers
+from mnist_flax import cpu_conv, layers, winograd
 from mnist_flax.errors import UserError
 from tests.helpers import normal
 
@@ -60,9 +60,9 @@ def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, chann
 @both
 def test_winograd_is_xlas_convolution(monkeypatch, conv, kernel_size, size, batch_of_blocks):
     x, kernel = normal(0, (3, *size, 32)), normal(1, (*kernel_size, 32, 34))
-    assert cpu_conv._suits_winograd(x, kernel)
+    assert winograd.suits(x, kernel)
     if batch_of_blocks:
-        monkeypatch.setattr(cpu_conv, "_WINOGRAD_BYTES", 2**20)
+        monkeypatch.setattr(winograd, "_BLOCK_BYTES", 2**20)
     assert_same(conv, x, kernel, "VALID", 2e-5)
 
 

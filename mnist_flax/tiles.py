@@ -1,0 +1,96 @@
+"""What convolutions on CPU are made of: tiles of images, blocks of batches, products."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def taps(
+    x: jax.Array, size: tuple[int, int], count: tuple[int, int], stride: int
+) -> list[jax.Array]:
+    """Cuts x [B, H, W, C] into count[0]×count[1] tiles of that size, so many pixels apart.
+
+    Returns:
+        The first, second, ... pixel of all tiles, [B, *count, C] each, in row-major order.
+    """
+    return [
+        x[:, i : i + stride * count[0] : stride, j : j + stride * count[1] : stride]
+        for i in range(size[0])
+        for j in range(size[1])
+    ]
+
+
+def add(tiles: jax.Array, stride: int, h: int, w: int) -> jax.Array:
+    """The transpose of `taps`: tiles [B, TH, TW, NH, NW, C] summed into [B, h, w, C].
+
+    A tile is taken as squares of stride × stride pixels, which lie on the same grid for all
+    tiles: tiles of 4×4 at stride 2 have four, so that four additions of whole images do.
+    """
+    batch, th, tw, nh, nw, c = tiles.shape
+    sh, sw = -(-nh // stride), -(-nw // stride)
+    filling = ((0, sh * stride - nh), (0, sw * stride - nw))
+    squares = jnp.pad(tiles, (*[(0, 0)] * 3, *filling, (0, 0)))
+    squares = squares.reshape(batch, th, tw, sh, stride, sw, stride, c)
+    places = [((i, sh - 1 - i), (j, sw - 1 - j)) for i in range(sh) for j in range(sw)]
+    grid = sum(
+        jnp.pad(squares[:, :, :, row[0], :, column[0]], ((0, 0), row, column, *[(0, 0)] * 3))
+        for row, column in places
+    )
+    x = grid.swapaxes(2, 3).reshape(batch, stride * (th + sh - 1), stride * (tw + sw - 1), c)
+    return fit(x, h, w)
+
+
+def fit(x: jax.Array, h: int, w: int) -> jax.Array:
+    """[B, H, W, C] cut or filled up with zeros to [B, h, w, C]."""
+    x = jnp.pad(x, ((0, 0), (0, max(0, h - x.shape[1])), (0, max(0, w - x.shape[2])), (0, 0)))
+    return x[:, :h, :w]
+
+
+def splitter(
+    batch: int, bytes_per_image: int, block_bytes: int
+) -> Callable[[jax.Array], jax.Array]:
+    """A function from [B, ...] to [blocks, block, ...] with blocks of at most so many bytes.
+
+    A batch that no good block size divides is filled up with zeros, which add nothing to sums.
+    """
+    most = min(max(1, batch), max(1, block_bytes // bytes_per_image))
+    divisor = max(n for n in range(1, most + 1) if batch % n == 0)
+    size = divisor if 2 * divisor >= most else most
+    blocks = -(-batch // size)
+
+    def split(a):
+        filled = jnp.pad(a, ((0, blocks * size - batch), *((0, 0) for _ in a.shape[1:])))
+        return filled.reshape(blocks, size, *a.shape[1:])
+
+    return split
+
+
+def join(blocks: jax.Array, batch: int) -> jax.Array:
+    """Blocks [blocks, block, ...] as the batch [B, ...] that they were split from."""
+    return blocks.reshape(-1, *blocks.shape[2:])[:batch]
+
+
+def zero(x: jax.Array) -> jax.Array:
+    """Zeros to which products of x's dtype are added."""
+    # Not `zeros`: under `shard_map` a sum must vary from device to device from its start on.
+    return 0 * x.astype(sum_dtype(x))
+
+
+def sum_dtype(x: jax.Array) -> jnp.dtype:
+    """The dtype in which products of x's dtype are summed."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.dot` with sums, and so the result, in float32 at least."""
+    return jnp.dot(a, b, preferred_element_type=sum_dtype(a))
+
+
+def first_of_largest(
+    a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The largest of four arrays and, as uint8, which of them has it first."""
+    top, bottom = jnp.maximum(a, b), jnp.maximum(c, d)
+    first = jnp.where(top >= bottom, jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3))
+    return jnp.maximum(top, bottom), first.astype(jnp.uint8)
