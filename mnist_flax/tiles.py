@@ -5,6 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+# Batches of fewer images are not split: such a batch is not shared, and its device has all cores,
+# for which the products of a block would be too small.
+_LEAST_SPLIT = 16
+
 
 def taps(
     x: jax.Array, size: tuple[int, int], count: tuple[int, int], stride: int
@@ -54,7 +58,9 @@ def splitter(
 
     A batch that no good block size divides is filled up with zeros, which add nothing to sums.
     """
-    most = min(max(1, batch), max(1, block_bytes // bytes_per_image))
+    most = max(1, batch)
+    if batch >= _LEAST_SPLIT:
+        most = min(batch, max(1, block_bytes // bytes_per_image))
     divisor = max(n for n in range(1, most + 1) if batch % n == 0)
     size = divisor if 2 * divisor >= most else most
     blocks = -(-batch // size)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mnist_flax import cpu_conv, layers, winograd
+from mnist_flax import cpu_conv, layers, tiles, winograd
 from mnist_flax.errors import UserError
 from tests.helpers import normal
 
@@ -49,6 +49,7 @@ def assert_same(conv, x, kernel, padding, tolerance):
 @both
 def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, channels, block_bytes):
     monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
     x = normal(0, (6, 9, 12, channels))
     kernel = normal(1, (*kernel_size, channels, 7))
     assert_same(conv, x, kernel, padding, 4e-6)
@@ -63,6 +64,7 @@ def test_winograd_is_xlas_convolution(monkeypatch, conv, kernel_size, size, batc
     assert winograd.suits(x, kernel)
     if batch_of_blocks:
         monkeypatch.setattr(winograd, "_BLOCK_BYTES", 2**20)
+        monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
     assert_same(conv, x, kernel, "VALID", 2e-5)
 
 
@@ -79,6 +81,7 @@ def test_conv_in_bfloat16_sums_in_float32(channels):
 
 @pytest.mark.parametrize("batch", [1, 7, 12])
 def test_blocks_of_the_batch(monkeypatch, batch):
+    monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
     x, kernel = normal(0, (batch, 6, 6, 16)), normal(1, (3, 3, 16, 8))
     bytes_per_image = 6 * 6 * (3 * 16 + 8) * 4
     monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", 5 * bytes_per_image)
@@ -86,6 +89,8 @@ def test_blocks_of_the_batch(monkeypatch, batch):
     blocks = cpu_conv._plan(x, kernel)[2](x)
     # Five fit; a batch of 7, which only 1 divides, is filled up to two blocks of 5.
     assert blocks.shape[1] == {1: 1, 7: 5, 12: 4}[batch]
+    monkeypatch.setattr(tiles, "_LEAST_SPLIT", 13)
+    assert cpu_conv._plan(x, kernel)[2](x).shape[:2] == (1, batch)
 
 
 @both
