@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     """Trains a network as configured, scores it on the test split and leaves a run folder.
 
     Called again on the same folder it resumes after the newest checkpoint, giving bit for bit
-    the parameters of a run that was never stopped; for a finished run it returns the summary.
+    the parameters of a run that was never stopped, on as many devices of the same kind; for a
+    finished run it returns the summary.
 
     Args:
         config: as `config.default()`, which says what each key means.
@@ -296,18 +298,19 @@ def compile_programs(
     length = piece_length(config, data.train.size, data.train.most)
     lengths = {length, steps_per_epoch(config, data.train.size) % length} - {0}
     epoch = partial(steps.train_epoch, model=model, tx=tx)
-    train = parallel.compile_epoch(
-        epoch, mesh, state, data.train, config.batch_size, lengths, donate=True
+    train = partial(
+        parallel.compile_epoch, epoch, mesh, state, data.train, config.batch_size, lengths
     )
-
-    variables = state_lib.variables(state)
-    score_test = scoring.compile_scorer(model, variables, data.test, mesh)
-    score_watch = score_test
-    if data.watch is None:
-        score_watch = None
-    elif data.watch is not data.test:
-        score_watch = scoring.compile_scorer(model, variables, data.watch, mesh)
-    return Programs(train, score_watch, score_test)
+    score = partial(scoring.compile_scorer, model, state_lib.variables(state))
+    # All at once, as XLA compiles without the interpreter's lock.
+    with ThreadPoolExecutor() as pool:
+        train = pool.submit(train, donate=True)
+        score_test = pool.submit(score, data.test, mesh)
+        score_watch = score_test
+        if data.watch is not None and data.watch is not data.test:
+            score_watch = pool.submit(score, data.watch, mesh)
+    score_watch = None if data.watch is None else score_watch.result()
+    return Programs(train.result(), score_watch, score_test.result())
 
 
 def _train_pieces(

@@ -42,10 +42,9 @@ def assert_same(conv, x, kernel, padding, tolerance):
         np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+@pytest.mark.parametrize(("padding", "block_bytes"), [("VALID", 2**20), ("SAME", 50_000)])
 @pytest.mark.parametrize("kernel_size", [(1, 1), (3, 5), (4, 2)])
 @pytest.mark.parametrize("channels", [3, 32])
-@pytest.mark.parametrize("block_bytes", [2**20, 50_000])
 @both
 def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, channels, block_bytes):
     monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", block_bytes)
@@ -56,14 +55,13 @@ def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, chann
 
 
 @pytest.mark.parametrize("kernel_size", [(3, 3), (4, 3), (5, 5)])
-@pytest.mark.parametrize("size", [(6, 9), (7, 11), (23, 20)])
-@pytest.mark.parametrize("batch_of_blocks", [False, True])
+@pytest.mark.parametrize(("size", "split"), [((6, 9), False), ((7, 11), True), ((23, 20), True)])
 @both
-def test_winograd_is_xlas_convolution(monkeypatch, conv, kernel_size, size, batch_of_blocks):
+def test_winograd_is_xlas_convolution(monkeypatch, conv, kernel_size, size, split):
     x, kernel = normal(0, (3, *size, 32)), normal(1, (*kernel_size, 32, 34))
     assert winograd.suits(x, kernel)
-    if batch_of_blocks:
-        monkeypatch.setattr(winograd, "_BLOCK_BYTES", 2**20)
+    if split:
+        monkeypatch.setattr(winograd, "_BLOCK_BYTES", 2**18)
         monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
     assert_same(conv, x, kernel, "VALID", 2e-5)
 
