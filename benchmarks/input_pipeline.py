@@ -60,7 +60,6 @@ def main(argv: list[str] | None = None) -> None:
 def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int]]:
     """The ways by name: each brings every image once and returns their number."""
     config = recipes.config(network)
-    parallel.prepare(config)
     mesh = parallel.mesh(config)
     sharding = parallel.replicated(mesh)
     data = {name: loaders.create(name, dataset, split, "", sharding) for name in loaders.NAMES}

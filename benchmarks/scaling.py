@@ -111,7 +111,6 @@ def measure(
         dense=tuple(round(width * features) for features in own.dense),
     )
     tx = train.create_optimizer(config, examples)
-    parallel.prepare(config)
     mesh = parallel.mesh(config)
     sharding = parallel.replicated(mesh)
     data = loaders.Resident(datasets.Arrays(images, labels), sharding)

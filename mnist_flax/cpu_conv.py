@@ -46,11 +46,7 @@ def _pad(x, kernel, padding):
 
 @jax.custom_vjp
 def _valid_conv(x, kernel):
-    """'Valid' convolution as matrix products over blocks of the batch.
-
-    The gradients are written out: autodiff would turn the patches' gradient into KH·KW padded
-    additions over the whole input, where a second convolution needs one pass.
-    """
+    """'Valid' convolution by patches; the input's gradient is a second one."""
     forward, _, split = _plan(x, kernel)
     blocks = lax.map(lambda block: forward(block, kernel), split(x))
     return tiles.join(blocks, len(x))

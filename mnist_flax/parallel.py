@@ -26,31 +26,16 @@ AXIS = "devices"
 _LEAST_EXAMPLES = 16
 
 
-def prepare(config: ConfigDict) -> None:
-    """Makes CPU cores devices, as many as `config.parallel` asks for.
-
-    It has to come before JAX's first computation; later, and where the number of CPU devices was
-    set already, it changes nothing.
-    """
-    count = _cpu_devices(config)
-    if count == 1 or jax.config.jax_num_cpu_devices != -1 or not _cpu_only():
-        return
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        return
-    if jax.__version_info__ < (0, 11):
-        # Otherwise each device splits its operations among all cores. Later versions have a pool
-        # of threads for each device, which this would shrink to one thread for all.
-        os.environ.setdefault("NPROC", "1")
-
-
 def mesh(config: ConfigDict) -> Mesh:
     """The devices that train.
+
+    Called before JAX's first computation, it makes devices of CPU cores; later, and where the
+    number of CPU devices was set already, it takes of those that there are.
 
     Raises:
         UserError: there are fewer than `config.parallel`.
     """
+    _make_cores_devices(_cpu_devices(config))
     devices = jax.devices()
     count = config.parallel
     if not count:
@@ -60,7 +45,7 @@ def mesh(config: ConfigDict) -> Mesh:
             f"parallel={count} asks for more devices than there are: {len(devices)} "
             f"({environment.device_name()}); 0 takes what pays"
         )
-    return single_mesh() if count == 1 else _mesh(devices[:count])
+    return _mesh(devices[:count])
 
 
 def single_mesh() -> Mesh:
@@ -79,7 +64,8 @@ def compile_epoch(
     carried: Any,
     loader: Loader,
     batch_size: int,
-    lengths: set[int],
+    steps: int,
+    length: int,
     *,
     donate: bool = False,
 ) -> Callable[[Any, Piece], Any]:
@@ -91,7 +77,8 @@ def compile_epoch(
         carried: the epoch's first argument, which may be abstract.
         loader: of the data.
         batch_size: examples a step, of all devices together.
-        lengths: the numbers of steps that a piece may have.
+        steps: steps of the epoch.
+        length: steps of a piece; the last one may have fewer.
         donate: whether `carried` may be overwritten.
 
     Returns:
@@ -107,8 +94,8 @@ def compile_epoch(
     )
     filling = -batch_size % mesh.size
     by_length = {
-        length: compiled.lower(carried, *loader.abstract(length, batch_size + filling)).compile()
-        for length in lengths
+        n: compiled.lower(carried, *loader.abstract(n, batch_size + filling)).compile()
+        for n in {length, steps % length} - {0}
     }
 
     def run(carried: Any, piece: Piece) -> Any:
@@ -121,6 +108,19 @@ def compile_epoch(
 
 def _mesh(devices: list[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _make_cores_devices(count: int) -> None:
+    if count == 1 or jax.config.jax_num_cpu_devices != -1 or not _cpu_only():
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        return
+    if jax.__version_info__ < (0, 11):
+        # Otherwise each device splits its operations among all cores. Later versions have a pool
+        # of threads for each device, which this would shrink to one thread for all.
+        os.environ.setdefault("NPROC", "1")
 
 
 def _cpu_devices(config: ConfigDict) -> int:

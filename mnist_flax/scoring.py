@@ -24,9 +24,9 @@ def compile_scorer(
     """
     rows = batches.eval_batches(data.size, _BATCH_SIZE)
     length = max(1, min(len(rows), data.most // _BATCH_SIZE, _PIECE // _BATCH_SIZE))
-    lengths = {length, len(rows) % length} - {0}
+    epoch = partial(steps.eval_epoch, model=model)
     epoch = parallel.compile_epoch(
-        partial(steps.eval_epoch, model=model), mesh, variables, data, _BATCH_SIZE, lengths
+        epoch, mesh, variables, data, _BATCH_SIZE, steps=len(rows), length=length
     )
 
     def score(variables: Any) -> dict[str, Any]:

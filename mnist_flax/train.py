@@ -115,7 +115,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         report.result(summary, run_dir)
         return summary
 
-    parallel.prepare(config)
     mesh = parallel.mesh(config)
     data = load_data(config, mesh)
     if config.batch_size > data.train.size:
@@ -295,16 +294,21 @@ def compile_programs(
     mesh: Mesh,
 ) -> Programs:
     """Compiles everything that a run executes on the devices."""
-    length = piece_length(config, data.train.size, data.train.most)
-    lengths = {length, steps_per_epoch(config, data.train.size) % length} - {0}
-    epoch = partial(steps.train_epoch, model=model, tx=tx)
-    train = partial(
-        parallel.compile_epoch, epoch, mesh, state, data.train, config.batch_size, lengths
-    )
+    size = data.train.size
     score = partial(scoring.compile_scorer, model, state_lib.variables(state))
     # All at once, as XLA compiles without the interpreter's lock.
     with ThreadPoolExecutor() as pool:
-        train = pool.submit(train, donate=True)
+        train = pool.submit(
+            parallel.compile_epoch,
+            partial(steps.train_epoch, model=model, tx=tx),
+            mesh,
+            state,
+            data.train,
+            config.batch_size,
+            steps=steps_per_epoch(config, size),
+            length=piece_length(config, size, data.train.most),
+            donate=True,
+        )
         score_test = pool.submit(score, data.test, mesh)
         score_watch = score_test
         if data.watch is not None and data.watch is not data.test:

@@ -197,8 +197,8 @@ def test_dropout():
     np.testing.assert_allclose(y[kept], x[kept] / 0.8, rtol=1e-5)
     # Within four deviations of a share of 52,800 draws, over all and between neighbours.
     assert abs(kept.mean() - 0.8) < 4 * np.sqrt(0.2 * 0.8 / x.size)
-    both = kept.ravel()[1:] & kept.ravel()[:-1]
-    assert abs(both.mean() - 0.64) < 4 * np.sqrt(0.64 * 0.36 * 2 / x.size)
+    neighbours = kept.ravel()[1:] & kept.ravel()[:-1]
+    assert abs(neighbours.mean() - 0.64) < 4 * np.sqrt(0.64 * 0.36 * 2 / x.size)
     other = layers.Dropout(0.2).apply({}, x, train=True, rngs={"dropout": jax.random.key(1)})
     assert abs(((other != 0) & kept).mean() - 0.64) < 4 * np.sqrt(0.64 * 0.36 / x.size)
     np.testing.assert_array_equal(layers.Dropout(0.2).apply({}, x, train=False), x)

@@ -12,7 +12,6 @@ from mnist_flax import datasets, loaders, parallel, state, train
 
 def create(job: Job, data: Data, variant: str) -> Peer:
     config = recipes.config(job.network)
-    parallel.prepare(config)
     mesh = parallel.mesh(config)
     sharding = parallel.replicated(mesh)
     arrays = loaders.Resident(datasets.Arrays(data.images, data.labels), sharding)
