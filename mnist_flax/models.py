@@ -31,7 +31,7 @@ class CNN(nn.Module):
         conv_dropout: dropout rate after the convolutions.
         dense_dropout: dropout rate after the hidden dense layers.
         num_classes: number of logits.
-        dtype: computation dtype; parameters and logits are float32.
+        dtype: computation dtype; parameters are float32, and logits are at least.
     """
 
     convs: tuple[tuple[int, int, bool], ...]
@@ -53,7 +53,7 @@ class CNN(nn.Module):
             x = nn.relu(Dense(features, dtype=self.dtype)(x))
         if self.dense_dropout:
             x = Dropout(self.dense_dropout)(x, train)
-        return Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+        return _at_least_float32(Dense(self.num_classes, dtype=self.dtype)(x))
 
 
 class Branched(nn.Module):
@@ -61,7 +61,7 @@ class Branched(nn.Module):
 
     Attributes:
         num_classes: number of logits.
-        dtype: computation dtype; parameters and logits are float32.
+        dtype: computation dtype; parameters are float32, and logits are at least.
     """
 
     num_classes: int = 10
@@ -79,7 +79,11 @@ class Branched(nn.Module):
         x = Flatten()(x)
         for features in (1000, 500):
             x = nn.relu(Dense(features, dtype=self.dtype)(x))
-        return Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+        return _at_least_float32(Dense(self.num_classes, dtype=self.dtype)(x))
+
+
+def _at_least_float32(logits: jax.Array) -> jax.Array:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 _dropout_cnn = partial(CNN, dense=(128,), conv_dropout=0.25, dense_dropout=0.5)

@@ -96,6 +96,11 @@ def result(summary: dict[str, Any], run_dir: Path) -> None:
             "count": summary["test_examples"],
         }
     )
+    next_steps(run_dir)
+
+
+def next_steps(run_dir: Path) -> None:
+    """What can be done with a trained network."""
     print(f"{'evaluate':<11} {command('evaluate', str(run_dir))}")
     print(f"{'predict':<11} {command('predict', str(run_dir), 'IMAGE.png')}", flush=True)
 

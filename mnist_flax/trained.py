@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mnist_flax import checkpoint, loaders, parallel, rundir, scoring, steps, train
+from mnist_flax import checkpoint, datasets, loaders, parallel, rundir, scoring, steps, train
 from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
 
@@ -70,13 +70,23 @@ class Trained:
             {"loss": mean cross-entropy, "accuracy": in [0, 1], "count": examples scored}.
 
         Raises:
-            UserError: there is no such split, or the data set cannot be had.
+            UserError: there is no such split, the data set cannot be had, or its images or
+                classes are not those of the network.
         """
         data = self.config.data
         split = split or data.test_split
         mesh = parallel.single_mesh()
         sharding = parallel.replicated(mesh)
         loader = loaders.create(data.loader, data.name, split, data.manual_dir, sharding)
+        given = (loader.image_shape, datasets.num_classes(data.name))
+        taken = (self.image_shape, self.model.num_classes)
+        if given != taken:
+            (there, classes_there), (here, classes_here) = given, taken
+            raise UserError(
+                f"{data.name} has images of {'×'.join(map(str, there))} pixels in {classes_there} "
+                f"classes, and the network takes {'×'.join(map(str, here))} in {classes_here}: "
+                "score it on a data set of its own kind"
+            )
         return scoring.compile_scorer(self.model, self.variables, loader, mesh)(self.variables)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ from mnist_flax import datasets
 # Several devices, for `jax.pmap`; everything else must cope with their presence.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+# Keras's backend without TensorFlow.
+os.environ.setdefault("KERAS_BACKEND", "jax")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,69 @@
+"""Writes a trained network as a Keras file: python -m mnist_flax.export_keras RUN_DIR FILE
+
+FILE ends in .keras, .h5 (for `keras.models.load_model`) or .weights.h5 (for `load_weights`).
+Neither Keras nor TensorFlow is needed. The model takes images in [0, 1] and gives probabilities;
+it is not compiled.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from mnist_flax import cli, keras_files, keras_layers, trained
+from mnist_flax.errors import UserError
+from mnist_flax.trained import Trained
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mnist_flax.export_keras",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder that training left")
+    parser.add_argument("file", metavar="FILE", type=Path, help="a new file")
+    parser.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
+    args = parser.parse_args()
+    check_path(args.file)
+    run = trained.load(args.run_dir, args.step)
+    export_file(run, args.file)
+    print(f"{args.file} holds {run.config.model} after step {run.step:,}; in Python:")
+    if args.file.name.endswith(".weights.h5"):
+        print(f"  model.load_weights({str(args.file)!r})  # a model with the same layers")
+    else:
+        print(f"  model = keras.models.load_model({str(args.file)!r})")
+
+
+def export_file(run: Trained, path: Path) -> None:
+    """Writes the network of a run as a Keras file, in the format of the file's suffix.
+
+    Raises:
+        UserError: the suffix is none of Keras's, or the file exists or cannot be written.
+    """
+    check_path(path)
+    nodes = keras_layers.nodes_of(run.model)
+    config, names = keras_layers.config_of(nodes, run.image_shape)
+    linen_names = keras_layers.linen_names(nodes)
+    layers = [("InputLayer", "input_layer", [])]
+    for position in keras_layers.creation_order(nodes):
+        arrays = run.variables["params"].get(linen_names.get(position), {})
+        arrays = [np.asarray(arrays[key]) for key in ("kernel", "bias") if key in arrays]
+        layers.append((nodes[position].text.split()[0], names[position], arrays))
+    keras_files.write(path, config, layers)
+
+
+def check_path(path: Path) -> None:
+    """Refuses a file that `export_file` would not write.
+
+    Raises:
+        UserError: the suffix is none of Keras's, or the file exists.
+    """
+    if not path.name.endswith(keras_files.SUFFIXES):
+        raise UserError(f"{path} must end in {', '.join(keras_files.SUFFIXES)}")
+    if path.exists():
+        raise UserError(f"{path} exists: delete it or name another file")
+
+
+if __name__ == "__main__":
+    cli.run(main)

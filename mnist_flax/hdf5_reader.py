@@ -1,0 +1,151 @@
+"""Reads the arrays of a Keras file in a process of its own; `keras_files.read` starts it.
+
+The HDF5 library may loop or crash on a damaged file. It then takes no other work with it.
+
+    python -m mnist_flax.hdf5_reader FILE
+
+writes an .npz archive to the standard output: `content`, a JSON text that `Content` describes, and
+the arrays. Nothing in the file is executed, unpickled or followed out of it.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+import zipfile
+from collections.abc import Iterable
+from typing import Any
+
+import h5py
+import numpy as np
+
+# More than any of the seven networks takes with its optimiser, even on large images.
+_MOST_BYTES = 2**30
+_MOST_CONFIG_BYTES = 2**24
+_MOST_MEMORY = 2**33
+
+
+def main() -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        # Not on every system.
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+    try:
+        content, arrays = read(sys.argv[1])
+    except Exception as error:
+        # The library raises whatever the damage leads to.
+        sys.exit((str(error).strip() or type(error).__name__).splitlines()[0][:200])
+    np.savez(sys.stdout.buffer, content=np.array(json.dumps(content)), **arrays)
+
+
+def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a file holds.
+
+    Returns:
+        `{"config": JSON text or None, "named": ..., "layers": ...}`, and the arrays by key.
+        "named" is "own" where layers go by their own names and "numbered" where they go by class
+        and number. "layers" lists all layers in the file's order as [name, arrays], an array as
+        {"shape": ..., "key": ..., "problem": why it was not read, or None}.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            config = _member(archive, "config.json", _MOST_CONFIG_BYTES).decode()
+            weights = io.BytesIO(_member(archive, "model.weights.h5", _MOST_BYTES))
+        with h5py.File(weights, "r") as file:
+            return _content(config, "numbered", _numbered(file))
+    with h5py.File(path, "r") as file:
+        if "model_config" in file.attrs:
+            config = _texts(file, "model_config")[0]
+            return _content(config, "own", _legacy(_member_of(file, "model_weights", h5py.Group)))
+        if "layer_names" in file.attrs:
+            return _content(None, "own", _legacy(file))
+        return _content(None, "numbered", _numbered(file))
+
+
+Layers = Iterable[tuple[str, list[h5py.Dataset]]]
+
+
+def _content(config: str | None, named: str, layers: Layers):
+    arrays, described, total = {}, [], 0
+    for name, datasets in layers:
+        entries = []
+        for dataset in datasets:
+            key = f"array{len(arrays)}"
+            problem = _problem(dataset)
+            total += 0 if problem else dataset.nbytes
+            if total > _MOST_BYTES:
+                raise ValueError(f"its arrays take more than {_MOST_BYTES:,} bytes")
+            if problem is None:
+                arrays[key] = dataset[()]
+            entries.append({"shape": dataset.shape, "key": key, "problem": problem})
+        described.append((name, entries))
+    return {"config": config, "named": named, "layers": described}, arrays
+
+
+def _problem(dataset: h5py.Dataset) -> str | None:
+    if dataset.dtype not in (np.float16, np.float32):
+        return f"{dataset.name} is {dataset.dtype} instead of float32"
+    # Keras writes arrays as a whole. The other layouts may name further files, load a decoder or
+    # unpack to any size.
+    whole = dataset.id.get_storage_size() == dataset.nbytes
+    if dataset.chunks or dataset.is_virtual or dataset.external or not whole:
+        return f"{dataset.name} is not stored as Keras stores it"
+    return None
+
+
+def _legacy(group: h5py.Group) -> Layers:
+    """Layers that the attribute `layer_names` names in their order."""
+    for name in _texts(group, "layer_names"):
+        layer = _member_of(group, name, h5py.Group)
+        paths = _texts(layer, "weight_names")
+        yield name, _floats(_member_of(layer, path, h5py.Dataset) for path in paths)
+
+
+def _numbered(file: h5py.File) -> Layers:
+    """Layers that are called by class and number, those of a class in their order."""
+    # Keras 2.12 to 2.14 called the group by its internal name.
+    old = "_layer_checkpoint_dependencies"
+    layers = _member_of(file, old if old in file else "layers", h5py.Group)
+    for name in sorted(layers, key=lambda name: int((re.findall(r"_(\d+)$", name) or [0])[0])):
+        group = _member_of(layers, name, h5py.Group)
+        variables = _member_of(group, "vars", h5py.Group)
+        yield name, _floats(_member_of(variables, key, h5py.Dataset) for key in sorted(variables))
+
+
+def _floats(datasets: Iterable[h5py.Dataset]) -> list[h5py.Dataset]:
+    # Dropout may keep the state of its random generator, in whole numbers.
+    return [dataset for dataset in datasets if dataset.dtype.kind not in "iu"]
+
+
+def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    info = archive.getinfo(name)
+    if info.file_size > most:
+        raise ValueError(f"{name} in it unpacks to {info.file_size:,} bytes")
+    # No more than `file_size` is unpacked, whatever the compressed data says.
+    return archive.read(info)
+
+
+def _member_of(parent: h5py.Group, path: str, kind: type) -> Any:
+    """A member, at a path of hard links, as other links may lead to further files."""
+    found = parent
+    for part in path.split("/"):
+        if not isinstance(found.get(part, getlink=True), h5py.HardLink):
+            raise KeyError(f"{parent.name}/{path} is missing")
+        found = found[part]
+    if not isinstance(found, kind):
+        raise TypeError(f"{found.name} is no {kind.__name__.lower()}")
+    return found
+
+
+def _texts(parent: h5py.Group, name: str) -> list[str]:
+    """The attribute's texts, be it one or several."""
+    if (entries := parent.attrs.get_id(name).get_space().get_simple_extent_npoints()) > 1000:
+        raise ValueError(f"the attribute {name} has {entries:,} entries")
+    texts = np.ravel(parent.attrs[name])
+    return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
+
+
+if __name__ == "__main__":
+    main()

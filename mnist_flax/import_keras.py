@@ -1,0 +1,211 @@
+"""Makes a run folder of a file that Keras saved: python -m mnist_flax.import_keras FILE RUN_DIR
+
+FILE is .h5, .weights.h5 or .keras, of Keras 2 or 3, and holds one of the seven networks. Neither
+Keras nor TensorFlow is needed, and nothing in the file is executed.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mnist_flax import (
+    checkpoint,
+    cli,
+    environment,
+    keras_files,
+    keras_layers,
+    models,
+    report,
+    rundir,
+    train,
+)
+from mnist_flax import config as config_lib
+from mnist_flax.errors import UserError
+from mnist_flax.keras_files import Content
+from mnist_flax.state import TrainState
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mnist_flax.import_keras",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="what Keras saved")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a new or empty folder")
+    parser.add_argument(
+        "--model", help=f"the network, where the file leaves it open: {', '.join(models.names())}"
+    )
+    parser.add_argument(
+        "--dataset", default="mnist", help="what `evaluate` scores it on (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    config = import_file(args.file, args.run_dir, args.model, args.dataset)
+    print(f"{args.file} holds {config.model}; its weights are in the run folder {args.run_dir}")
+    report.next_steps(args.run_dir)
+
+
+def import_file(
+    path: Path, run_dir: Path, name: str | None = None, dataset: str = "mnist"
+) -> ConfigDict:
+    """Makes a run folder, at step 0, with the weights of a Keras file.
+
+    Args:
+        path: a file that `keras.Model.save` or `save_weights` wrote.
+        run_dir: the run folder: new or empty.
+        name: the network; without it, the file says.
+        dataset: the data set that `evaluate` takes.
+
+    Returns:
+        The run's configuration.
+
+    Raises:
+        UserError: the file is damaged, holds none of the seven networks or leaves open which, or
+            the folder is in use. Nothing is written then.
+    """
+    if name is not None:
+        models.create(name)
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"{run_dir} is in use: name a new or an empty folder")
+    content = keras_files.read(path)
+    try:
+        name, model, image_shape = recognise(content, name)
+        params = params_of(content, model, image_shape)
+    except UserError as error:
+        raise UserError(f"{path} cannot be taken: {error}") from None
+
+    config = config_lib.recipe(name, dataset, model=name)
+    config_lib.validate(config)
+    rundir.check(run_dir, config)
+    tx = train.create_optimizer(config, config.batch_size)
+    state = TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        batch_stats={},
+        key=jax.random.key_data(jax.random.key(config.seed)),
+    )
+    record = {
+        "image_shape": image_shape,
+        "num_classes": model.num_classes,
+        "config": config.to_dict(),
+        "versions": environment.versions(),
+        "position": asdict(train.Position()),
+    }
+    rundir.create(run_dir, config)
+    with checkpoint.open_manager(rundir.checkpoints(run_dir)) as manager:
+        checkpoint.save(manager, state, record)
+    return config
+
+
+def recognise(content: Content, name: str | None) -> tuple[str, nn.Module, tuple[int, ...]]:
+    """Which of the seven networks a file holds, its module, and the shape of its images.
+
+    A file of weights only, which does not tell, is taken to be of 28×28 images.
+
+    Args:
+        content: of the file.
+        name: the only network to consider, whose dropout may then be another.
+
+    Raises:
+        UserError: it is none of them, is not the one named, or may be several.
+    """
+    if not content.weights:
+        raise UserError("it holds no convolutional or dense layer with weights")
+    num_classes = (content.weights[-1][-1].shape or (0,))[-1]
+    candidates = {n: models.create(n, num_classes=num_classes) for n in models.names()}
+    fitting = [n for n, model in candidates.items() if _fits(content, model, n == name)]
+    if name:
+        fitting = [name] if name in fitting else []
+    if len(fitting) > 1:
+        raise UserError(f"it may hold any of {', '.join(fitting)}: say which with --model")
+    if not fitting:
+        alike = [n for n, model in candidates.items() if _fits(content, model, True)]
+        hint = f"; but for its dropout it is {alike[0]}: give --model={alike[0]}" if alike else ""
+        wanted = f"is not {name}" if name else f"is none of {', '.join(candidates)}"
+        raise UserError(f"its network {wanted} (it has {_found(content)}){hint}")
+    model = candidates[fitting[0]]
+    return fitting[0], model, _image_shape(content)
+
+
+def params_of(
+    content: Content, model: nn.Module, image_shape: tuple[int, ...]
+) -> dict[str, dict[str, np.ndarray]]:
+    """The parameters of `model`, float32, from a file that `recognise` found to hold it.
+
+    Raises:
+        UserError: an array is missing, of another shape, or not as Keras writes it.
+    """
+    shapes = _shapes(model, image_shape)
+    layers = _layers(content, model)
+    if [len(arrays) for arrays in content.weights] != [2] * len(layers):
+        raise UserError("its weights are not those of its layers: save the model again")
+    params = {}
+    for layer, arrays in zip(layers, content.weights, strict=True):
+        params[layer] = {}
+        for key, array in zip(("kernel", "bias"), arrays, strict=True):
+            if array.shape != (shape := shapes[layer][key].shape):
+                raise UserError(f"the {key} of {layer} has the shape {array.shape}, not {shape}")
+            if array.problem:
+                raise UserError(array.problem)
+            params[layer][key] = array.values
+    return params
+
+
+def _fits(content: Content, model: nn.Module, any_dropout: bool) -> bool:
+    nodes = keras_layers.nodes_of(model)
+    if content.network:
+        found = content.network.nodes
+        if any_dropout:
+            nodes, found = (keras_layers.without_dropout(n) for n in (nodes, found))
+        return nodes == found
+    dropouts = sum(node.text.startswith("Dropout") for node in nodes)
+    if content.dropouts != dropouts and not any_dropout:
+        return False
+    if len(content.weights[0][0].shape) != 4:
+        return False
+    try:
+        shapes = _shapes(model, _image_shape(content))
+    except UserError:
+        return False
+    expected = [
+        [shapes[layer][key].shape for key in ("kernel", "bias")]
+        for layer in _layers(content, model)
+    ]
+    return expected == [[array.shape for array in arrays] for arrays in content.weights]
+
+
+def _image_shape(content: Content) -> tuple[int, ...]:
+    stated = content.network and content.network.image_shape
+    return stated or (28, 28, *content.weights[0][0].shape[2:3])
+
+
+def _layers(content: Content, model: nn.Module) -> list[str]:
+    """Linen's names of the layers with weights, in the order of `content.weights`."""
+    nodes = keras_layers.nodes_of(model)
+    order = range(len(nodes)) if content.network else keras_layers.creation_order(nodes)
+    names = keras_layers.linen_names(nodes)
+    return [names[position] for position in order if position in names]
+
+
+def _shapes(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
+    image = jnp.zeros((1, *image_shape))
+    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+
+
+def _found(content: Content) -> str:
+    if content.network:
+        return ", ".join(node.text for node in content.network.nodes)
+    shapes = (array.shape for arrays in content.weights for array in arrays)
+    return "arrays of " + ", ".join("×".join(map(str, shape)) for shape in shapes)
+
+
+if __name__ == "__main__":
+    cli.run(main)

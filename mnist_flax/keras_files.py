@@ -1,0 +1,186 @@
+"""Keras's files without Keras: legacy HDF5 (.h5), .weights.h5 and .keras."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+
+from mnist_flax import hdf5_reader, keras_layers
+from mnist_flax.errors import UserError
+
+SUFFIXES = (".keras", ".weights.h5", ".h5")
+
+_SIGNATURES = (b"\x89HDF\r\n\x1a\n", b"PK\x03\x04")
+_MOST_SECONDS = 60
+# Of the files that are written; Keras reads its own of any version.
+_KERAS_VERSION = "3.0.0"
+
+# Class, name and, where it has any, kernel and bias of each layer, in Keras's order.
+Layers = list[tuple[str, str, list[np.ndarray]]]
+
+
+class Array(NamedTuple):
+    """An array of a file: float32, or why it was not read."""
+
+    shape: tuple[int, ...]
+    values: np.ndarray | None
+    problem: str | None
+
+
+class Content(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        network: the network that its configuration describes; None in a file of weights only.
+        weights: arrays of each layer that has any: in the order of `network.nodes`, and without
+            a network in Keras's order.
+        dropouts: without a network, the number of dropout layers.
+    """
+
+    network: keras_layers.Described | None
+    weights: list[list[Array]]
+    dropouts: int
+
+
+def read(path: Path) -> Content:
+    """Reads what Keras 2 or 3 saved: a model or its weights.
+
+    Raises:
+        UserError: the file is not there, is damaged or none of Keras's.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a file") from None
+    if not start.startswith(_SIGNATURES):
+        raise UserError(
+            f"{path} is neither an HDF5 nor a .keras file: give what Keras's model.save or "
+            "model.save_weights wrote"
+        )
+    try:
+        return _content(_read_apart(path))
+    except UserError as error:
+        raise UserError(f"{path} cannot be taken: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = str(error).strip() or type(error).__name__
+    except RecursionError:
+        reason = "it nests too deeply"
+    raise UserError(
+        f"{path} is damaged or was not written by Keras ({reason[:200]}): save the model again"
+    )
+
+
+def write(path: Path, config: keras_layers.Config, layers: Layers) -> None:
+    """Writes a model as the file's suffix says: .keras, .weights.h5 or .h5.
+
+    Args:
+        path: the file, which appears when it is whole.
+        config: as `keras_layers.config_of` gives it.
+        layers: float32 arrays, named as in `config`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.name.endswith(".keras"):
+            _write_keras(temporary, config, layers)
+        else:
+            with h5py.File(temporary, "w") as file:
+                if path.name.endswith(".weights.h5"):
+                    _write_weights(file, layers)
+                else:
+                    _write_legacy(file, config, layers)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): name another file") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_apart(path: Path) -> dict[str, np.ndarray]:
+    """The archive that `hdf5_reader` makes of a file.
+
+    Raises:
+        ValueError: it did not come to an end.
+    """
+    command = [sys.executable, "-m", hdf5_reader.__name__, str(path)]
+    try:
+        reader = subprocess.run(command, capture_output=True, timeout=_MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"reading it did not end in {_MOST_SECONDS} s") from None
+    if reader.returncode:
+        lines = reader.stderr.decode(errors="replace").splitlines() if reader.returncode > 0 else []
+        raise ValueError(lines[-1] if lines else "the HDF5 library crashed on it")
+    with np.load(io.BytesIO(reader.stdout), allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def _content(archive: dict[str, np.ndarray]) -> Content:
+    found = json.loads(str(archive["content"]))
+
+    def array(entry: dict) -> Array:
+        values = archive.get(entry["key"])
+        values = None if values is None else values.astype(np.float32, copy=False)
+        return Array(tuple(entry["shape"]), values, entry["problem"])
+
+    layers = {name: [array(entry) for entry in entries] for name, entries in found["layers"]}
+    if found["config"] is None:
+        dropouts = sum(name.startswith("dropout") for name in layers)
+        if found["named"] == "numbered":
+            # The convolutions come first, in each of the seven networks.
+            layers = dict(sorted(layers.items(), key=lambda item: item[0].startswith("dense")))
+        return Content(None, [arrays for arrays in layers.values() if arrays], dropouts)
+    network = keras_layers.describe(json.loads(found["config"]))
+    called = {name: name for name, _ in network.order}
+    if found["named"] == "numbered":
+        names, kinds = zip(*network.order, strict=True)
+        called = dict(zip(names, keras_layers.numbered(kinds), strict=True))
+    ordered = [layers.get(called[name], []) for name in network.names]
+    return Content(network, [arrays for arrays in ordered if arrays], 0)
+
+
+def _write_keras(path: Path, config: keras_layers.Config, layers: Layers) -> None:
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        _write_weights(file, layers)
+    # Where Keras looks for the classes.
+    inner = config["config"]
+    inner = inner | {"layers": [layer | {"module": "keras.layers"} for layer in inner["layers"]]}
+    config = config | {"module": "keras", "config": inner}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", json.dumps({"keras_version": _KERAS_VERSION}))
+        archive.writestr("config.json", json.dumps(config))
+        archive.writestr("model.weights.h5", memory.getvalue())
+
+
+def _write_weights(file: h5py.File, layers: Layers) -> None:
+    # Keras 2 asks for the group of every layer, and of the model.
+    file.create_group("vars")
+    numbered = keras_layers.numbered(kind for kind, *_ in layers)
+    for name, (_, _, arrays) in zip(numbered, layers, strict=True):
+        group = file.create_group(f"layers/{name}/vars")
+        for number, array in enumerate(arrays):
+            group[str(number)] = array
+
+
+def _write_legacy(file: h5py.File, config: keras_layers.Config, layers: Layers) -> None:
+    file.attrs["model_config"] = json.dumps(config)
+    weights = file.create_group("model_weights")
+    for attributes in (file.attrs, weights.attrs):
+        attributes["backend"], attributes["keras_version"] = "jax", _KERAS_VERSION
+    weights.attrs["layer_names"] = [name for _, name, _ in layers]
+    for _, name, arrays in layers:
+        group = weights.create_group(name)
+        paths = [f"{name}/kernel", f"{name}/bias"][: len(arrays)]
+        group.attrs["weight_names"] = paths
+        for path, array in zip(paths, arrays, strict=True):
+            group[path] = array

@@ -1,0 +1,484 @@
+"""Keras's files without Keras; real Keras reads what is written where it is installed."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import jax
+import numpy as np
+import pytest
+
+from mnist_flax import config as config_lib
+from mnist_flax import (
+    datasets,
+    export_keras,
+    import_keras,
+    keras_files,
+    keras_layers,
+    models,
+    train,
+    trained,
+)
+from mnist_flax.errors import UserError
+from tests.helpers import random_variables, uniform
+
+# Written by Keras 2 (tf_keras 2.21) and 3 (3.15.1): `larger` for images of 12×12 with the
+# weights of `fixture_params`, and the configurations of two more networks.
+FOLDER = Path(__file__).parent / "keras_files"
+FILES = ["larger_keras2.h5", "larger_keras3.h5", "larger_keras3.keras"]
+
+
+def fixture_params():
+    rng = np.random.default_rng(0)
+    shapes = [(5, 5, 1, 30), (3, 3, 30, 15), (15, 128), (128, 50), (50, 10)]
+    names = ["Conv_0", "Conv_1", "Dense_0", "Dense_1", "Dense_2"]
+    return {
+        name: {
+            key: rng.standard_normal(s).astype(np.float32) / 10
+            for key, s in (("kernel", shape), ("bias", shape[-1:]))
+        }
+        for name, shape in zip(names, shapes, strict=True)
+    }
+
+
+def assert_equal(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def loaded(name, image_shape=(28, 28, 1), **overrides):
+    """A run with random weights."""
+    model = models.create(name, **overrides)
+    variables = random_variables(model, image_shape)
+    state = jax.tree.map(np.asarray, variables["params"])
+    config = config_lib.recipe(name, "digits", model=name)
+    run = trained.Trained.__new__(trained.Trained)
+    run.config, run.model, run.image_shape = config, model, image_shape
+    run.variables, run.step = {"params": state, "batch_stats": {}}, 0
+    return run
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_of_keras_becomes_a_run(file, tmp_path):
+    config = import_keras.import_file(FOLDER / file, tmp_path / "run")
+    assert config.model == "larger"
+    run = trained.load(tmp_path / "run")
+    assert run.image_shape == (12, 12, 1) and run.step == 0
+    assert_equal(run.variables["params"], fixture_params())
+
+
+@pytest.mark.parametrize("version", ["keras2", "keras3"])
+@pytest.mark.parametrize("name", ["branched", "single_conv_5x5"])
+def test_a_configuration_of_keras_is_recognised(name, version):
+    config = json.loads((FOLDER / f"{name}_{version}.json").read_text())
+    found = keras_layers.describe(config)
+    assert found.nodes == keras_layers.nodes_of(models.create(name))
+    # The second takes rows of 784 numbers and reshapes them.
+    assert found.image_shape == (28, 28, 1)
+
+
+@pytest.mark.parametrize("suffix", keras_files.SUFFIXES)
+@pytest.mark.parametrize("name", models.names())
+def test_what_is_exported_is_imported_bit_for_bit(name, suffix, tmp_path):
+    run = loaded(name)
+    export_keras.export_file(run, tmp_path / f"model{suffix}")
+    content = keras_files.read(tmp_path / f"model{suffix}")
+    found, model, image_shape = import_keras.recognise(content, None)
+    params = import_keras.params_of(content, model, image_shape)
+    assert (found, model, image_shape) == (name, run.model, (28, 28, 1))
+    assert_equal(params, run.variables["params"])
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_other_images_and_classes_come_back(suffix, tmp_path):
+    run = loaded("convnet", (23, 40, 3), num_classes=7)
+    export_keras.export_file(run, tmp_path / f"model{suffix}")
+    content = keras_files.read(tmp_path / f"model{suffix}")
+    found = import_keras.recognise(content, None)
+    params = import_keras.params_of(content, *found[1:])
+    assert found == ("convnet", run.model, (23, 40, 3))
+    assert_equal(params, run.variables["params"])
+
+
+def test_weights_of_keras_2_alone_are_read(tmp_path):
+    # `save_weights("model.h5")` wrote what `save` does, without the configuration around it.
+    run, path = loaded("baseline"), tmp_path / "model.h5"
+    export_keras.export_file(run, tmp_path / "whole.h5")
+    with h5py.File(tmp_path / "whole.h5") as whole, h5py.File(path, "w") as file:
+        for name in whole["model_weights"]:
+            whole.copy(f"model_weights/{name}", file)
+        file.attrs.update(whole["model_weights"].attrs)
+    content = keras_files.read(path)
+    found = import_keras.recognise(content, None)
+    params = import_keras.params_of(content, *found[1:])
+    assert found[0] == "baseline"
+    assert_equal(params, run.variables["params"])
+
+
+def test_files_before_keras_2_15_call_the_layers_otherwise(tmp_path):
+    run, path = loaded("larger"), tmp_path / "model.weights.h5"
+    export_keras.export_file(run, path)
+    with h5py.File(path, "a") as file:
+        file.move("layers", "_layer_checkpoint_dependencies")
+    assert import_keras.recognise(keras_files.read(path), None)[0] == "larger"
+
+
+@pytest.mark.parametrize("suffix", keras_files.SUFFIXES)
+@pytest.mark.parametrize("name", models.names())
+def test_real_keras_loads_what_is_exported(name, suffix, tmp_path):
+    pytest.importorskip("keras", minversion="3", reason="Keras 3 is not installed")
+    import keras
+
+    from tests import keras_networks
+
+    run, path = loaded(name), tmp_path / f"model{suffix}"
+    export_keras.export_file(run, path)
+    if suffix == ".weights.h5":
+        model = keras_networks.create(name)
+        model.load_weights(path)
+    else:
+        model = keras.models.load_model(path)
+        theirs = keras_networks.create(name)
+        assert [type(layer) for layer in model.layers] == [type(layer) for layer in theirs.layers]
+        # In the order of the layers, and the export's names are Keras's own.
+        theirs.set_weights(model.get_weights())
+        model = theirs
+    assert_equal(keras_networks.params_of(model), run.variables["params"])
+    images = uniform(3, (4, 28, 28, 1))
+    logits = run.model.apply(run.variables, images)
+    np.testing.assert_allclose(model(images), jax.nn.softmax(logits), atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", keras_files.SUFFIXES)
+@pytest.mark.parametrize("name", models.names())
+def test_what_real_keras_saves_is_recognised(name, suffix, tmp_path):
+    pytest.importorskip("keras", minversion="3", reason="Keras 3 is not installed")
+    from tests import keras_networks
+
+    model, path = keras_networks.create(name), tmp_path / f"model{suffix}"
+    model.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
+    # With the optimiser's own arrays, as after training.
+    model.optimizer.build(model.trainable_variables)
+    (model.save_weights if suffix == ".weights.h5" else model.save)(path)
+    content = keras_files.read(path)
+    found = import_keras.recognise(content, None)
+    params = import_keras.params_of(content, *found[1:])
+    assert found == (name, models.create(name), (28, 28, 1))
+    assert_equal(params, keras_networks.params_of(model))
+
+
+@pytest.fixture(scope="module")
+def mnist_run(mnist, prepared, tmp_path_factory):
+    config = config_lib.recipe("larger", "mnist", model="larger", epochs=1, batch_size=100)
+    config.data.train_split = "train[:6000]"
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(prepared))
+        train.train_and_evaluate(config, folder)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_real_keras_scores_the_test_images_identically(mnist_run, suffix, tmp_path):
+    pytest.importorskip("keras", minversion="3", reason="Keras 3 is not installed")
+    import keras
+
+    run, path = trained.load(mnist_run), tmp_path / f"model{suffix}"
+    export_keras.export_file(run, path)
+    model = keras.models.load_model(path)
+    data = datasets.load("mnist", "test")
+    probabilities = model.predict(data.images / np.float32(255), batch_size=500, verbose=0)
+    np.testing.assert_array_equal(probabilities.argmax(1), run.predict(data.images).argmax(1))
+    right = int((probabilities.argmax(1) == data.labels).sum())
+    assert right == round(run.evaluate()["accuracy"] * 10_000) > 9000
+    # And the way back, bit for bit.
+    model.save(path)
+    import_keras.import_file(path, tmp_path / "back")
+    back = trained.load(tmp_path / "back")
+    assert_equal(back.variables["params"], run.variables["params"])
+    assert back.evaluate() == run.evaluate()
+
+
+def test_neither_keras_nor_tensorflow_is_imported(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from mnist_flax import import_keras, trained, "
+        f"export_keras; import_keras.import_file(Path({str(FOLDER / FILES[0])!r}), Path('run')); "
+        "export_keras.export_file(trained.load('run'), Path('model.keras')); "
+        "assert not {'keras', 'tensorflow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_the_programs(tmp_path, capsys, monkeypatch):
+    run_dir, out = str(tmp_path / "run"), str(tmp_path / "out.keras")
+    monkeypatch.setattr("sys.argv", ["import_keras", str(FOLDER / FILES[0]), run_dir])
+    import_keras.main()
+    printed = capsys.readouterr().out
+    assert f"larger_keras2.h5 holds larger; its weights are in the run folder {run_dir}" in printed
+    assert f"mnist_flax.evaluate {run_dir}\n" in printed
+    monkeypatch.setattr("sys.argv", ["export_keras", run_dir, out])
+    export_keras.main()
+    printed = capsys.readouterr().out
+    assert f"keras.models.load_model({out!r})" in printed
+    with pytest.raises(UserError, match="out.keras exists: delete it or name another"):
+        export_keras.main()
+
+
+def test_a_network_is_not_scored_on_images_of_another_shape(tmp_path):
+    run = import_keras.import_file(FOLDER / FILES[0], tmp_path / "run", dataset="digits")
+    assert run.data.name == "digits"
+    message = "digits has images of 28×28×1 pixels in 10 classes, and the network takes 12×12×1"
+    with pytest.raises(UserError, match=message):
+        trained.load(tmp_path / "run").evaluate()
+
+
+def taken(path, name=None):
+    content = keras_files.read(path)
+    found, model, image_shape = import_keras.recognise(content, name)
+    import_keras.params_of(content, model, image_shape)
+    return found
+
+
+def changed_config(tmp_path, change):
+    path = tmp_path / "changed.h5"
+    shutil.copy(FOLDER / FILES[1], path)
+    with h5py.File(path, "a") as file:
+        config = json.loads(file.attrs["model_config"])
+        change(config["config"]["layers"])
+        file.attrs["model_config"] = json.dumps(config)
+    return path
+
+
+def layer(config, name):
+    return next(layer["config"] for layer in config if layer["config"]["name"] == name)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda c: layer(c, "dense").update(activation="tanh"), "Dense 128 tanh"),
+        (lambda c: layer(c, "conv2d").update(strides=[2, 2]), "30 5×5 valid strides 2×2 relu"),
+        (lambda c: layer(c, "conv2d").update(padding="same"), "30 5×5 same relu"),
+        (lambda c: layer(c, "max_pooling2d").update(strides=[1, 1]), "2×2 strides 1×1"),
+        (lambda c: layer(c, "max_pooling2d").update(padding="same"), "MaxPooling2D 2×2 same"),
+        (lambda c: layer(c, "flatten").update(data_format="channels_first"), "channels_first"),
+        (lambda c: layer(c, "dense_2").update(activation="sigmoid"), "Dense 10 sigmoid"),
+        (lambda c: c.insert(1, {"class_name": "Lambda", "config": {"name": "x"}}), "Lambda"),
+        (
+            lambda c: c.insert(1, {"class_name": "Rescaling", "config": {"name": "x"}}),
+            "has Rescaling",
+        ),
+        (
+            lambda c: c.insert(2, {"class_name": "BatchNormalization", "config": {"name": "x"}}),
+            "BatchNormalization",
+        ),
+        (lambda c: layer(c, "dense").update(use_bias=False), "Dense 128 use_bias=False relu"),
+        (lambda c: layer(c, "dropout").update(rate=0.3), "but for its dropout it is larger"),
+    ],
+)
+def test_another_network_is_named(change, found, tmp_path):
+    path = changed_config(tmp_path, change)
+    with pytest.raises(UserError, match="none of branched, convnet") as error:
+        taken(path)
+    assert found in str(error.value)
+
+
+def test_a_network_can_be_named(tmp_path):
+    path = changed_config(tmp_path, lambda c: layer(c, "dropout").update(rate=0.3))
+    assert taken(path, "larger") == "larger"
+    with pytest.raises(UserError, match="its network is not convnet"):
+        taken(path, "convnet")
+    with pytest.raises(UserError, match="did you mean 'larger'"):
+        import_keras.import_file(path, tmp_path / "run", "lager")
+
+
+def test_logits_are_as_good_as_probabilities(tmp_path):
+    change = lambda c: layer(c, "dense_2").update(activation="linear")  # noqa: E731
+    assert taken(changed_config(tmp_path, change)) == "larger"
+
+
+def test_weights_that_fit_two_networks_leave_it_open(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    export_keras.export_file(loaded("baseline"), path)
+    with h5py.File(path, "a") as file:
+        # As a model without dropout saves them.
+        del file["layers/dropout"]
+    with pytest.raises(UserError, match="but for its dropout it is single_conv_5x5"):
+        taken(path)
+    assert taken(path, "baseline") == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot be read \(No such file"),
+        (b"", "neither an HDF5 nor a .keras file"),
+        (b"no model", "neither an HDF5 nor a .keras file"),
+        (b"PK\x03\x04 no zip", "is damaged"),
+        (b"\x89HDF\r\n\x1a\n no more", "is damaged"),
+    ],
+)
+def test_what_is_no_file_of_keras_is_refused(content, message, tmp_path):
+    path = tmp_path / "model.h5"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        import_keras.import_file(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "diary.txt").write_text("dear")
+    with pytest.raises(UserError, match="is in use: name a new or an empty folder"):
+        import_keras.import_file(FOLDER / FILES[0], tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["diary.txt"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_cut_short_is_damaged(file, tmp_path):
+    whole, path = (FOLDER / file).read_bytes(), tmp_path / file
+    for length in (8, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="is damaged"):
+            import_keras.import_file(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_damage_is_said(file, tmp_path):
+    """Of a file with a few bytes changed, nothing else is raised."""
+    whole, path = (FOLDER / file).read_bytes(), tmp_path / file
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(10):
+        damaged = bytearray(whole)
+        # The structure lies at the beginning and between the arrays.
+        for place in rng.integers(0, 4000, 30):
+            damaged[place] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            taken(path)
+        except UserError:
+            refused += 1
+    assert refused >= 5
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.abort()", "the HDF5 library crashed on it"),
+        ("while True: pass", "reading it did not end in 1 s"),
+        ("raise SystemExit('broken')", "(broken)"),
+    ],
+)
+def test_a_reader_that_fails_is_said(code, message, tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(keras_files.hdf5_reader, "__name__", "failing")
+    monkeypatch.setattr(keras_files, "_MOST_SECONDS", 1 if "while" in code else 60)
+    with pytest.raises(UserError) as error:
+        keras_files.read(FOLDER / FILES[0])
+    assert message in str(error.value)
+
+
+def kernel_replaced(tmp_path, make):
+    path = tmp_path / "hostile.h5"
+    shutil.copy(FOLDER / FILES[0], path)
+    with h5py.File(path, "a") as file:
+        parent = file["model_weights/conv2d/conv2d"]
+        kernel = parent["kernel:0"][()]
+        del parent["kernel:0"]
+        make(parent, kernel)
+    return path
+
+
+def virtual(parent, kernel):
+    layout = h5py.VirtualLayout(kernel.shape, "f4")
+    layout[...] = h5py.VirtualSource("/etc/passwd", "x", kernel.shape)
+    parent.create_virtual_dataset("kernel:0", layout)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p, k: p.__setitem__("kernel:0", h5py.ExternalLink("/etc/x.h5", "/x")), "missing"),
+        (lambda p, k: p.__setitem__("kernel:0", h5py.SoftLink("/model_weights")), "missing"),
+        (lambda p, k: None, "missing"),
+        (lambda p, k: p.create_group("kernel:0"), "is no dataset"),
+        (
+            lambda p, k: p.create_dataset(
+                "kernel:0", k.shape, "f4", external=[("/etc/passwd", 0, 9999)]
+            ),
+            "not stored as Keras",
+        ),
+        (virtual, "not stored as Keras"),
+        (lambda p, k: p.create_dataset("kernel:0", data=k, compression="gzip"), "not stored as"),
+        (lambda p, k: p.create_dataset("kernel:0", k.shape, "f4"), "not stored as Keras"),
+        (lambda p, k: p.create_dataset("kernel:0", (2**40,), "f4", chunks=(8,)), "has the shape"),
+        (lambda p, k: p.create_dataset("kernel:0", data=k.astype(int)), "not those of its layers"),
+        (lambda p, k: p.create_dataset("kernel:0", data=k.astype("f8")), "is float64 instead"),
+    ],
+)
+def test_a_hostile_array_is_not_read(make, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        taken(kernel_replaced(tmp_path, make))
+
+
+def archive(path, **members):
+    with zipfile.ZipFile(FOLDER / FILES[2]) as source:
+        contents = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, content in (contents | members).items():
+            if content is not None:
+                target.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"config.json": None}, "no item named 'config.json'"),
+        ({"model.weights.h5": None}, "no item named 'model.weights.h5'"),
+        ({"model.weights.h5": b"no HDF5"}, "is damaged"),
+        ({"config.json": "{"}, "is damaged"),
+        ({"config.json": "[" * 100_000}, "is damaged"),
+        ({"config.json": '{"class_name": "Lambda", "config": {}}'}, "holds a Lambda"),
+        ({"config.json": b" " * (2**24 + 1)}, "unpacks to 16,777,217 bytes"),
+    ],
+)
+def test_a_hostile_archive_is_refused(members, message, tmp_path):
+    path = archive(tmp_path / "hostile.keras", **members)
+    assert path.stat().st_size < 2**20
+    with pytest.raises(UserError, match=message):
+        taken(path)
+
+
+def test_a_network_that_goes_in_circles_is_refused(tmp_path):
+    config = json.loads((FOLDER / "branched_keras3.json").read_text())
+    first = config["config"]["layers"][1]
+    first["inbound_nodes"][0]["args"][0]["config"]["keras_history"][0] = first["name"]
+    path = archive(tmp_path / "hostile.keras", **{"config.json": json.dumps(config)})
+    with pytest.raises(UserError, match="is damaged"):
+        taken(path)
+
+
+@pytest.mark.parametrize("name", ["model.txt", "model", "missing/model.keras"])
+def test_a_file_that_cannot_be_written_is_said(name, tmp_path):
+    with pytest.raises(UserError, match="must end in|cannot be written"):
+        export_keras.export_file(loaded("larger"), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(keras_files, "_write_weights", full)
+    for suffix in (".keras", ".weights.h5"):
+        with pytest.raises(UserError, match="No space left"):
+            export_keras.export_file(loaded("larger"), tmp_path / f"model{suffix}")
+    assert list(tmp_path.iterdir()) == []
