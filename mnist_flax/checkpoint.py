@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mnist_flax.errors import UserError
-from mnist_flax.state import TrainState
+from mnist_flax.state import TrainState, updates
 
 _METRIC = "watch_accuracy"
 
@@ -60,7 +60,7 @@ def save(
     Checkpoints of this step and later ones can only be damaged, passed over by `restore`: they
     go, as they would count as the latest.
     """
-    step = int(state.step)
+    step = updates(state)
     for passed_over in manager.all_steps():
         if passed_over >= step:
             manager.delete(passed_over)

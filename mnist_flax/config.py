@@ -37,10 +37,13 @@ def default() -> ConfigDict:
             "epochs": 10,
             # Determines initial weights, order of examples and dropout.
             "seed": 0,
+            # Networks trained at once, with the seeds `seed`, `seed` + 1, ...: each a run of its
+            # own in all but the program and the run folder.
+            "num_seeds": 1,
             # dtype of the forward and backward computation; parameters stay float32.
             "compute_dtype": "float32",
-            # Devices that share each batch. 0: every CPU core for which there are 16 examples,
-            # or one GPU or TPU.
+            # Devices that share the seeds and each batch. 0: every CPU core for which there is a
+            # seed or 16 examples, or one GPU or TPU.
             "parallel": 0,
             "data": {
                 # "digits" (embedded), "mnist", "fashion_mnist", "kmnist" or another TFDS name.
@@ -108,14 +111,14 @@ def validate(config: ConfigDict) -> None:
             )
         _check_type(key, given[key], example)
 
-    for key in ("batch_size", "epochs"):
+    for key in ("batch_size", "epochs", "num_seeds"):
         if given[key] < 1:
             raise UserError(f"{key}={given[key]} must be at least 1")
     for key in ("seed", "parallel", "checkpoint.every_steps"):
         if given[key] < 0:
             raise UserError(f"{key}={given[key]} must be 0 or more")
-    if given["seed"] >= 2**32:
-        raise UserError(f"seed={given['seed']} must be below 2**32 = {2**32}")
+    if (last := given["seed"] + given["num_seeds"] - 1) >= 2**32:
+        raise UserError(f"the seed {last} must be below 2**32 = {2**32}")
     if not (0 < given["learning_rate"] < math.inf):
         raise UserError(f"learning_rate={given['learning_rate']} must be a number above 0")
     for key, choices in (

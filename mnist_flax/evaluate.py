@@ -12,8 +12,9 @@ def main() -> None:
         "--split", help="a TFDS slice, such as train[90%%:]; default: the test split"
     )
     parser.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
+    parser.add_argument("--seed", type=int, help="which network of a run with several seeds")
     args = parser.parse_args()
-    run = trained.load(args.run_dir, args.step)
+    run = trained.load(args.run_dir, args.step, args.seed)
     split = args.split or run.config.data.test_split
     print(f"{run.config.model} after step {run.step:,}, on {split} of {run.config.data.name}")
     report.score(run.evaluate(split), "Test" if split == run.config.data.test_split else split)

@@ -24,9 +24,10 @@ def main() -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder that training left")
     parser.add_argument("file", metavar="FILE", type=Path, help="a new file")
     parser.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
+    parser.add_argument("--seed", type=int, help="which network of a run with several seeds")
     args = parser.parse_args()
     check_path(args.file)
-    run = trained.load(args.run_dir, args.step)
+    run = trained.load(args.run_dir, args.step, args.seed)
     export_file(run, args.file)
     print(f"{args.file} holds {run.config.model} after step {run.step:,}; in Python:")
     if args.file.name.endswith(".weights.h5"):

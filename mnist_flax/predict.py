@@ -19,8 +19,9 @@ def main() -> None:
         action="store_true",
         help="for dark ink on light paper: the networks were trained on light digits on black",
     )
+    parser.add_argument("--seed", type=int, help="which network of a run with several seeds")
     args = parser.parse_args()
-    run = trained.load(args.run_dir)
+    run = trained.load(args.run_dir, seed=args.seed)
     pixels = np.stack([read(Path(p), run.image_shape, args.invert) for p in args.images])
     for path, probabilities in zip(args.images, run.predict(pixels), strict=True):
         best = int(probabilities.argmax())

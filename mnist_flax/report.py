@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ def header(config: ConfigDict, parameters: int, data: "Data", run_dir: Path, dev
         "data": f"{config.data.name}, {', '.join(counts)}",
         "training": f"{config.epochs} epochs in batches of {config.batch_size}, "
         f"{config.optimizer}, learning rate {config.learning_rate:g} ({config.schedule}), "
-        f"seed {config.seed}",
+        + _seeds(config),
         "device": f"{device}, {config.compute_dtype}",
         "run folder": run_dir,
     }
@@ -49,7 +50,7 @@ def progress(position: "Position", epochs: int, examples: int) -> tqdm:
     return tqdm(
         desc=f"epoch {position.epoch + 1}/{epochs}",
         total=examples,
-        initial=position.count,
+        initial=int(np.sum(position.count)),
         unit=" images",
         unit_scale=True,
         leave=False,
@@ -62,10 +63,9 @@ def progress(position: "Position", epochs: int, examples: int) -> tqdm:
 def advance(bar: tqdm, position: "Position") -> None:
     """Moves the bar to the examples trained on and shows their loss and accuracy."""
     means = scoring.averages(position)
-    bar.set_postfix_str(
-        f"loss {means['loss']:.4f}, accuracy {means['accuracy']:.2%}", refresh=False
-    )
-    bar.update(position.count - bar.n)
+    loss, accuracy = np.mean(means["loss"]), np.mean(means["accuracy"])
+    bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+    bar.update(np.sum(position.count) - bar.n)
 
 
 def epoch(row: dict[str, Any], config: ConfigDict) -> None:
@@ -89,6 +89,16 @@ def score(scored: dict[str, Any], what: str = "Test") -> None:
 
 def result(summary: dict[str, Any], run_dir: Path) -> None:
     """The end of a run: its score, and what can be done with it."""
+    if seeds := summary.get("seeds"):
+        for each in seeds:
+            print(f"Test accuracy of seed {each['seed']}: {each['test_accuracy']:.2%}")
+        print(
+            f"Test accuracy: {summary['test_accuracy']:.2%} ± "
+            f"{summary['test_accuracy_deviation']:.2%}, from {summary['test_accuracy_min']:.2%} to "
+            f"{summary['test_accuracy_max']:.2%} (mean and deviation of {len(seeds)} seeds)"
+        )
+        next_steps(run_dir, f"--seed={seeds[0]['seed']}")
+        return
     score(
         {
             "loss": summary["test_loss"],
@@ -99,10 +109,17 @@ def result(summary: dict[str, Any], run_dir: Path) -> None:
     next_steps(run_dir)
 
 
-def next_steps(run_dir: Path) -> None:
+def next_steps(run_dir: Path, *flags: str) -> None:
     """What can be done with a trained network."""
-    print(f"{'evaluate':<11} {command('evaluate', str(run_dir))}")
-    print(f"{'predict':<11} {command('predict', str(run_dir), 'IMAGE.png')}", flush=True)
+    print(f"{'evaluate':<11} {command('evaluate', str(run_dir), *flags)}")
+    print(f"{'predict':<11} {command('predict', str(run_dir), 'IMAGE.png', *flags)}", flush=True)
+
+
+def _seeds(config: ConfigDict) -> str:
+    if config.num_seeds == 1:
+        return f"seed {config.seed}"
+    last = config.seed + config.num_seeds - 1
+    return f"seeds {config.seed} to {last}, of which the means are shown"
 
 
 def resume(resuming_command: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from mnist_flax import batches, parallel, steps
@@ -16,31 +17,34 @@ _PIECE = 10_000
 
 
 def compile_scorer(
-    model: nn.Module, variables: Any, data: Loader, mesh: Mesh
+    model: nn.Module, variables: Any, data: Loader, mesh: Mesh, seeds: int = 1
 ) -> Callable[[Any], dict[str, Any]]:
     """A compiled function from variables to {"loss", "accuracy", "count"} on `data`.
 
-    Every example counts once, whatever their number. `variables` may be abstract.
+    Every example counts once, whatever their number. `variables` may be abstract. With several
+    seeds they have a leading axis, and loss and accuracy are lists.
     """
     rows = batches.eval_batches(data.size, _BATCH_SIZE)
-    length = max(1, min(len(rows), data.most // _BATCH_SIZE, _PIECE // _BATCH_SIZE))
+    most = data.most // (seeds * _BATCH_SIZE)
+    length = max(1, min(len(rows), most, _PIECE // _BATCH_SIZE))
     epoch = partial(steps.eval_epoch, model=model)
     epoch = parallel.compile_epoch(
-        epoch, mesh, variables, data, _BATCH_SIZE, steps=len(rows), length=length
+        epoch, mesh, variables, data, _BATCH_SIZE, steps=len(rows), length=length, seeds=seeds
     )
+    rows = np.tile(rows, seeds)
 
     def score(variables: Any) -> dict[str, Any]:
         parts = [jax.device_get(epoch(variables, piece)) for piece in data.pieces(rows, length)]
-        return averages(jax.tree.map(lambda *sums: sum(s.item() for s in sums), *parts))
+        return averages(jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=float), *parts))
 
     return score
 
 
 def averages(metrics: steps.Metrics) -> dict[str, Any]:
-    """Means over examples as Python numbers, from sums on the host."""
-    count = int(metrics.count)
+    """Means over examples as Python numbers, or lists of them, from sums on the host."""
+    counts = np.asarray(metrics.count, float)
     return {
-        "loss": float(metrics.loss_sum) / count,
-        "accuracy": int(metrics.correct) / count,
-        "count": count,
+        "loss": (np.asarray(metrics.loss_sum, float) / counts).tolist(),
+        "accuracy": (np.asarray(metrics.correct, float) / counts).tolist(),
+        "count": int(counts.flat[0]),
     }

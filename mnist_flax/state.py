@@ -6,12 +6,15 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
 @flax.struct.dataclass
 class TrainState:
     """A pytree of arrays; the step functions take one and return the next.
+
+    The states of several seeds are one state with a leading axis on every array.
 
     Attributes:
         step: int32 scalar, the number of updates made.
@@ -51,6 +54,11 @@ def create(
         batch_stats=variables.get("batch_stats", {}),
         key=jax.random.key_data(step_key),
     )
+
+
+def updates(state: TrainState) -> int:
+    """The number of updates made; that of each seed where the state is of several."""
+    return int(np.ravel(state.step)[0])
 
 
 def variables(state: TrainState) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,25 +47,30 @@ class Position:
 
     Attributes:
         epoch: epochs finished.
-        loss_sum, correct, count: training metrics of the epoch under way, summed over examples.
+        loss_sum, correct, count: training metrics of the epoch under way, summed over examples;
+            arrays [seeds] where there are several.
         seconds: time spent training in the epoch under way.
         compile_seconds: time spent compiling, over all starts of the run.
         wall_seconds: time of the whole run, over all its starts.
     """
 
     epoch: int = 0
-    loss_sum: float = 0.0
-    correct: int = 0
-    count: int = 0
+    loss_sum: float | np.ndarray = 0.0
+    correct: int | np.ndarray = 0
+    count: int | np.ndarray = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
     wall_seconds: float = 0.0
 
     def add(self, metrics: steps.Metrics, seconds: float) -> None:
-        self.loss_sum += float(metrics.loss_sum)
-        self.correct += int(metrics.correct)
-        self.count += int(metrics.count)
+        self.loss_sum = self.loss_sum + np.asarray(metrics.loss_sum, np.float64)
+        self.correct = self.correct + np.asarray(metrics.correct, np.int64)
+        self.count = self.count + np.asarray(metrics.count, np.int64)
         self.seconds += seconds
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps, and `Position(**record)` takes up."""
+        return {key: np.asarray(value).tolist() for key, value in asdict(self).items()}
 
     def next_epoch(self) -> None:
         self.epoch += 1
@@ -126,7 +132,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     model = create_model(config, data.num_classes)
     tx = create_optimizer(config, data.train.size)
     state = initial_state(config, model, tx, image_shape, mesh)
-    parameters = state_lib.count_parameters(state.params)
+    parameters = state_lib.count_parameters(state.params) // config.num_seeds
 
     rundir.create(run_dir, config)
     device = environment.device_name()
@@ -151,8 +157,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         if restored := checkpoint.restore(manager, lambda record: state):
             state, record = restored
             position = Position(**record["position"])
-            report.resuming(int(state.step), position.epoch, config.epochs)
-        rundir.start_metrics(run_dir, int(state.step))
+            report.resuming(state_lib.updates(state), position.epoch, config.epochs)
+        rundir.start_metrics(run_dir, state_lib.updates(state))
         earlier = position.wall_seconds
 
         clock = time.perf_counter()
@@ -161,9 +167,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
         while position.epoch < config.epochs and not received:
             pieces = _train_pieces(config, data, programs, state, position)
-            with report.progress(position, config.epochs, data.train.size) as bar:
+            images = data.train.size * config.num_seeds
+            with report.progress(position, config.epochs, images) as bar:
                 for state in pieces:  # noqa: B007 - it is used after the loop
-                    if not math.isfinite(position.loss_sum):
+                    if not np.isfinite(position.loss_sum).all():
                         raise _diverged(config, "the loss", position, manager.latest_step())
                     report.advance(bar, position)
                     if received:
@@ -172,8 +179,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
                 raise _diverged(config, "a parameter", position, manager.latest_step())
             watch_accuracy = None
-            if position.count == data.train.size:
-                row = _score_epoch(programs, state, position)
+            if np.sum(position.count) == images:
+                row = _epoch_row(config, programs, state, position)
                 if data.watch is not None and not math.isfinite(row["watch_loss"]):
                     raise _diverged(config, "the watched loss", position, manager.latest_step())
                 rundir.append_metrics(run_dir, row)
@@ -182,12 +189,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
                 position.next_epoch()
             position.wall_seconds = earlier + time.perf_counter() - began
             checkpoint.save(
-                manager, state, constants | {"position": asdict(position)}, watch_accuracy
+                manager, state, constants | {"position": position.record()}, watch_accuracy
             )
     if received:
         raise signals.Stopped(received[0])
 
     score = programs.score_test(state_lib.variables(state))
+    images = data.train.size * config.num_seeds
     rows = rundir.read_metrics(run_dir)
     summary = {
         "config_name": config.name,
@@ -198,14 +206,19 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         "test_examples": score["count"],
         "epochs": config.epochs,
         "seed": config.seed,
-        "test_loss": score["loss"],
-        "test_accuracy": score["accuracy"],
+        **_over_seeds(config, {f"test_{key}": score[key] for key in ("loss", "accuracy")}),
         "wall_seconds": earlier + time.perf_counter() - began,
         "compile_seconds": position.compile_seconds,
-        "images_per_second": len(rows) * data.train.size / sum(r["seconds"] for r in rows),
+        "images_per_second": len(rows) * images / sum(r["seconds"] for r in rows),
         "device": device,
         "versions": constants["versions"],
     }
+    if config.num_seeds > 1:
+        summary |= {
+            "test_accuracy_deviation": statistics.stdev(score["accuracy"]),
+            "test_accuracy_min": min(score["accuracy"]),
+            "test_accuracy_max": max(score["accuracy"]),
+        }
     rundir.write_summary(run_dir, summary)
     report.result(summary, run_dir)
     return summary
@@ -252,15 +265,24 @@ def initial_state(
     image_shape: tuple[int, int, int],
     mesh: Mesh,
 ) -> TrainState:
-    """The state before the first step, determined by `config.seed`, on every device."""
+    """The state before the first step, determined by `config.seed`, on every device.
+
+    With several seeds it has a leading axis of seeds, dealt out to the devices.
+    """
+    create = partial(state_lib.create, model=model, tx=tx, image_shape=image_shape)
+    seeds, sharding = np.uint32(config.seed), parallel.replicated(mesh)
+    if config.num_seeds > 1:
+        create, sharding = jax.vmap(create), parallel.dealt_out(mesh)
+        seeds = np.array(seeds_of(config), np.uint32)
     # Jitted, as Linen's initialisation run op by op compiles a program for each op; and barely
     # optimised, as it runs once: compiling it well takes two seconds longer.
-    create = jax.jit(
-        partial(state_lib.create, model=model, tx=tx, image_shape=image_shape),
-        out_shardings=parallel.replicated(mesh),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
-    return create(np.uint32(config.seed))
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(create, out_shardings=sharding, compiler_options=options)(seeds)
+
+
+def seeds_of(config: ConfigDict) -> range:
+    """The seeds that a run trains with."""
+    return range(config.seed, config.seed + config.num_seeds)
 
 
 def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
@@ -277,7 +299,7 @@ def piece_length(config: ConfigDict, num_examples: int, most: int) -> int:
     """
     steps, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
     length = steps if steps <= 50 else max(10, steps // 20)
-    cap = max(1, most // config.batch_size)
+    cap = max(1, most // (config.batch_size * config.num_seeds))
     length = min(length, cap)
     if 0 < every < steps:
         divisors = [n for n in range(1, min(every, cap) + 1) if every % n == 0]
@@ -295,7 +317,9 @@ def compile_programs(
 ) -> Programs:
     """Compiles everything that a run executes on the devices."""
     size = data.train.size
-    score = partial(scoring.compile_scorer, model, state_lib.variables(state))
+    score = partial(
+        scoring.compile_scorer, model, state_lib.variables(state), mesh=mesh, seeds=config.num_seeds
+    )
     # All at once, as XLA compiles without the interpreter's lock.
     with ThreadPoolExecutor() as pool:
         train = pool.submit(
@@ -307,12 +331,13 @@ def compile_programs(
             config.batch_size,
             steps=steps_per_epoch(config, size),
             length=piece_length(config, size, data.train.most),
+            seeds=config.num_seeds,
             donate=True,
         )
-        score_test = pool.submit(score, data.test, mesh)
+        score_test = pool.submit(score, data=data.test)
         score_watch = score_test
         if data.watch is not None and data.watch is not data.test:
-            score_watch = pool.submit(score, data.watch, mesh)
+            score_watch = pool.submit(score, data=data.watch)
     score_watch = None if data.watch is None else score_watch.result()
     return Programs(train.result(), score_watch, score_test.result())
 
@@ -326,10 +351,16 @@ def _train_pieces(
     the next piece.
     """
     num_examples = data.train.size
-    rows = batches.train_batches(config.seed, position.epoch, num_examples, config.batch_size)
+    # A row holds the batch of each seed.
+    rows = np.hstack(
+        [
+            batches.train_batches(seed, position.epoch, num_examples, config.batch_size)
+            for seed in seeds_of(config)
+        ]
+    )
     length = piece_length(config, num_examples, data.train.most)
     every = config.checkpoint.every_steps
-    done = int(state.step) - position.epoch * len(rows)
+    done = state_lib.updates(state) - position.epoch * len(rows)
     stop = done - done % every + every if every else len(rows)
     clock = time.perf_counter()
     for piece in data.train.pieces(rows[done:stop], length):
@@ -339,25 +370,43 @@ def _train_pieces(
         clock = time.perf_counter()
 
 
-def _score_epoch(programs: Programs, state: TrainState, position: Position) -> dict[str, Any]:
+def _epoch_row(
+    config: ConfigDict, programs: Programs, state: TrainState, position: Position
+) -> dict[str, Any]:
     """The row of a finished epoch in metrics.jsonl."""
     train = scoring.averages(position)
     watch = programs.score_watch(state_lib.variables(state)) if programs.score_watch else {}
-    return {
-        "epoch": position.epoch + 1,
-        "step": int(state.step),
+    scores = {
         "train_loss": train["loss"],
         "train_accuracy": train["accuracy"],
         "watch_loss": watch.get("loss"),
         "watch_accuracy": watch.get("accuracy"),
-        "images_per_second": position.count / position.seconds,
+    }
+    return {
+        "epoch": position.epoch + 1,
+        "step": state_lib.updates(state),
+        **_over_seeds(config, scores),
+        "images_per_second": float(np.sum(position.count)) / position.seconds,
         "seconds": position.seconds,
     }
 
 
+def _over_seeds(config: ConfigDict, scores: dict[str, Any]) -> dict[str, Any]:
+    """The scores; of several seeds their means, and under "seeds" each seed's own."""
+    if config.num_seeds == 1:
+        return scores
+    means = {key: value and statistics.fmean(value) for key, value in scores.items()}
+    each = [
+        {"seed": seed} | {key: value and value[i] for key, value in scores.items()}
+        for i, seed in enumerate(seeds_of(config))
+    ]
+    return means | {"seeds": each}
+
+
 def _diverged(config: ConfigDict, what: str, position: Position, saved: int | None) -> UserError:
     kept = f"the checkpoint of step {saved:,} is kept" if saved else "there is no checkpoint yet"
+    seed = "" if config.num_seeds == 1 else " of a seed"
     return UserError(
-        f"training diverged in epoch {position.epoch + 1}: {what} became NaN or infinite ({kept}); "
-        f"try a lower learning_rate than {config.learning_rate:g} in a new run folder"
+        f"training diverged in epoch {position.epoch + 1}: {what}{seed} became NaN or infinite "
+        f"({kept}); try a lower learning_rate than {config.learning_rate:g} in a new run folder"
     )

@@ -119,18 +119,29 @@ class Trained:
         return np.asarray(self._probabilities(self.variables, filled))[: len(images)]
 
 
-def load(workdir: str | os.PathLike, step: int | None = None) -> Trained:
+def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None = None) -> Trained:
     """Reads a finished or unfinished run.
 
     Args:
         workdir: the run folder.
         step: the checkpoint's step; without it the newest sound one.
+        seed: which network of a run with several seeds; not needed where there is one.
 
     Raises:
-        UserError: the folder is no run, or has no checkpoint that can be read.
+        UserError: the folder is no run, has no checkpoint that can be read or no such seed.
     """
     run_dir = Path(workdir)
     config = rundir.read_config(run_dir)
+    seeds = train.seeds_of(config)
+    if seed is None and len(seeds) > 1:
+        raise UserError(
+            f"the run in {run_dir} has the seeds {seeds[0]} to {seeds[-1]}: say which, such as "
+            f"seed={seeds[0]}"
+        )
+    if seed is not None and seed not in seeds:
+        raise UserError(
+            f"the run in {run_dir} has no seed {seed}: its seeds are {', '.join(map(str, seeds))}"
+        )
     folder = rundir.checkpoints(run_dir)
     if not folder.is_dir():
         raise UserError(f"the run in {run_dir} has no checkpoint yet: let it finish an epoch")
@@ -140,6 +151,8 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Trained:
         model = train.create_model(config, record["num_classes"])
         tx = train.create_optimizer(config, 1)
         create = partial(state_lib.create, model=model, tx=tx, image_shape=shape)
+        if len(seeds) > 1:
+            return jax.eval_shape(jax.vmap(create), np.zeros(len(seeds), np.uint32))
         return jax.eval_shape(create, np.uint32(0))
 
     with checkpoint.open_manager(folder, read_only=True) as manager:
@@ -147,5 +160,7 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Trained:
     if restored is None:
         raise UserError(f"the run in {run_dir} has no checkpoint yet: let it finish an epoch")
     state, record = restored
+    if len(seeds) > 1:
+        state = jax.tree.map(lambda leaf: leaf[seeds.index(seed)], state)
     model = train.create_model(config, record["num_classes"])
     return Trained(config, model, state, tuple(record["image_shape"]))

@@ -3,9 +3,10 @@ import socket
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from mnist_flax import datasets
+from mnist_flax import datasets, train
 
 # Several devices, for `jax.pmap`; everything else must cope with their presence.
 jax.config.update("jax_platforms", "cpu")
@@ -56,3 +57,31 @@ def mnist(mnist_gz, prepared) -> Path:
         patch.setattr(socket.socket, "connect", no_network)
         datasets.load("mnist", "test", manual_dir=str(mnist_gz))
     return mnist_gz
+
+
+@pytest.fixture
+def compiled_once(monkeypatch, compiled):
+    """Lets runs of one configuration share what they compile, which takes most of their time."""
+    initial_state, compile_programs = train.initial_state, train.compile_programs
+
+    def shared(kind, config, make):
+        key = kind, config.to_json()
+        if key not in compiled:
+            compiled[key] = make()
+        return compiled[key]
+
+    def state_copy(config, *args):
+        # A copy, since a run donates it.
+        state = shared("state", config, lambda: initial_state(config, *args))
+        return jax.tree.map(jnp.copy, state)
+
+    def programs(config, *args):
+        return shared("programs", config, lambda: compile_programs(config, *args))
+
+    monkeypatch.setattr(train, "initial_state", state_copy)
+    monkeypatch.setattr(train, "compile_programs", programs)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return {}

@@ -33,7 +33,9 @@ def test_devices_together_train_and_score_as_one(devices):
         state, metrics = programs.train(state, piece)
         score = programs.score_test({"params": state.params, "batch_stats": {}})
         assert (int(metrics.count), score["count"]) == (90, 90)
-        assert all(leaf.sharding.device_set == set(mesh.devices) for leaf in jax.tree.leaves(state))
+        assert all(
+            leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(state)
+        )
         return jax.device_get((state.params, metrics.loss_sum)), score
 
     (alone, alone_score), (together, score) = run(1), run(devices)

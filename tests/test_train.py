@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mnist_flax import config as config_lib
 from mnist_flax import datasets, environment, parallel, report, rundir, signals, train, trained
 from mnist_flax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def small_config(**overrides):
@@ -35,34 +36,6 @@ def whole_run(tmp_path_factory, prepared):
         patch.setenv("TFDS_DATA_DIR", str(prepared))
         summary = train.train_and_evaluate(small_config(), run_dir)
     return run_dir, summary
-
-
-@pytest.fixture(autouse=True)
-def compiled_once(monkeypatch, compiled):
-    """Lets runs of one configuration share what they compile, which takes most of their time."""
-    initial_state, compile_programs = train.initial_state, train.compile_programs
-
-    def shared(kind, config, make):
-        key = kind, config.to_json()
-        if key not in compiled:
-            compiled[key] = make()
-        return compiled[key]
-
-    def state_copy(config, *args):
-        # A copy, since a run donates it.
-        state = shared("state", config, lambda: initial_state(config, *args))
-        return jax.tree.map(jnp.copy, state)
-
-    def programs(config, *args):
-        return shared("programs", config, lambda: compile_programs(config, *args))
-
-    monkeypatch.setattr(train, "initial_state", state_copy)
-    monkeypatch.setattr(train, "compile_programs", programs)
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    return {}
 
 
 def metrics(run_dir):

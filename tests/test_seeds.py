@@ -1,0 +1,173 @@
+"""Several seeds trained at once are runs of their own."""
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from mnist_flax import config as config_lib
+from mnist_flax import evaluate, parallel, rundir, signals, state, steps, train, trained
+from mnist_flax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def seeds_config(**overrides):
+    """Two epochs of five steps, the last of 10, of two networks by one device each."""
+    config = config_lib.recipe(
+        "small", "mnist", model="larger", data__name="digits", batch_size=20, epochs=2, seed=7
+    )
+    config.data.train_split = "train[:90]"
+    config.data.watch_split = "train[90:150]"
+    config.data.test_split = "test[:70]"
+    config.num_seeds, config.parallel = 2, 2
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, prepared):
+    run_dir = tmp_path_factory.mktemp("seeds") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(prepared))
+        summary = train.train_and_evaluate(seeds_config(), run_dir)
+    return run_dir, summary
+
+
+def test_each_seed_is_a_run_of_its_own(whole_run, tmp_path):
+    run_dir, summary = whole_run
+    rows = rundir.read_metrics(run_dir)
+    assert [[each["seed"] for each in row["seeds"]] for row in rows] == [[7, 8], [7, 8]]
+    # The second, whose every key, order and place is another than the first's.
+    single = train.train_and_evaluate(seeds_config(seed=8, num_seeds=1, parallel=1), tmp_path)
+    for row, expected in zip(rows, rundir.read_metrics(tmp_path), strict=True):
+        for key in ("train_loss", "watch_loss"):
+            assert row["seeds"][1][key] == pytest.approx(expected[key], rel=1e-5)
+        assert row["step"] == expected["step"]
+    assert summary["seeds"][1]["test_loss"] == pytest.approx(single["test_loss"], rel=1e-5)
+    ours = trained.load(run_dir, seed=8)
+    assert (ours.step, ours.image_shape) == (10, (28, 28, 1))
+    expected = trained.load(tmp_path).variables
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), ours.variables, expected)
+    assert ours.evaluate()["accuracy"] == summary["seeds"][1]["test_accuracy"]
+
+
+def test_the_summary_has_each_seed_and_their_statistics(whole_run):
+    run_dir, summary = whole_run
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    accuracies = np.array([each["test_accuracy"] for each in summary["seeds"]])
+    assert len(set(accuracies)) > 1
+    assert summary["test_accuracy"] == pytest.approx(accuracies.mean())
+    assert summary["test_accuracy_deviation"] == pytest.approx(accuracies.std(ddof=1))
+    assert summary["test_accuracy_min"] == accuracies.min()
+    assert summary["test_accuracy_max"] == accuracies.max()
+    assert (summary["seed"], summary["parameters"]) == (7, 59_933)
+    losses = [each["test_loss"] for each in summary["seeds"]]
+    assert summary["test_loss"] == pytest.approx(np.mean(losses))
+    for row in rundir.read_metrics(run_dir):
+        for key in ("train_loss", "train_accuracy", "watch_loss", "watch_accuracy"):
+            assert row[key] == pytest.approx(np.mean([each[key] for each in row["seeds"]]))
+
+
+def test_a_stopped_run_of_several_seeds_resumes_bit_for_bit(whole_run, tmp_path, monkeypatch):
+    run_dir, summary = whole_run
+    score_epoch = train._epoch_row
+
+    def stop(*args):
+        signals.signal.raise_signal(signals.signal.SIGTERM)
+        return score_epoch(*args)
+
+    monkeypatch.setattr(train, "_epoch_row", stop)
+    with pytest.raises(signals.Stopped):
+        train.train_and_evaluate(seeds_config(), tmp_path)
+    monkeypatch.undo()
+    resumed = train.train_and_evaluate(seeds_config(), tmp_path)
+    assert resumed["seeds"] == summary["seeds"]
+    for seed in (7, 8):
+        ours, expected = (trained.load(folder, seed=seed) for folder in (tmp_path, run_dir))
+        jax.tree.map(np.testing.assert_array_equal, ours.variables, expected.variables)
+
+
+def test_streamed_seeds_are_bit_for_bit_the_same(whole_run, tmp_path):
+    run_dir, summary = whole_run
+    streamed = train.train_and_evaluate(seeds_config(**{"data.loader": "stream"}), tmp_path)
+    assert streamed["seeds"] == summary["seeds"]
+    ours, expected = (trained.load(folder, seed=8) for folder in (tmp_path, run_dir))
+    jax.tree.map(np.testing.assert_array_equal, ours.variables, expected.variables)
+
+
+def test_seeds_can_be_trained_by_vmap():
+    """As on GPU and TPU, where `_each_seed` has all seeds in one step."""
+    config = seeds_config()
+    model, tx = train.create_model(config, 10), train.create_optimizer(config, 60)
+    create = partial(state.create, model=model, tx=tx, image_shape=(28, 28, 1))
+    states = jax.jit(jax.vmap(create))(np.arange(2, dtype=np.uint32))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 28, 28, 1), np.uint8)
+    labels = rng.integers(0, 10, 60, np.int32)
+    rows = rng.permutation(60).reshape(2, 3, 10).astype(np.int32)
+    epoch = partial(steps.train_epoch, model=model, tx=tx)
+    together, metrics = jax.jit(jax.vmap(epoch, in_axes=(0, None, None, 0)))(
+        states, images, labels, rows
+    )
+    one = jax.jit(epoch)
+    for i in range(2):
+        alone = jax.tree.map(lambda leaf, i=i: leaf[i], states)
+        alone, expected = one(alone, images, labels, rows[i])
+        np.testing.assert_allclose(metrics.loss_sum[i], expected.loss_sum, rtol=1e-5)
+        ours = jax.tree.map(lambda leaf, i=i: leaf[i], together.params)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), ours, alone.params)
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "cores", "batch_size", "shape"),
+    [
+        (8, 4, 20, (4, 1)),
+        (2, 4, 40, (2, 2)),
+        (2, 4, 8, (2, 1)),
+        (3, 2, 40, (1, 2)),
+        (1, 3, 8, (1, 1)),
+    ],
+)
+def test_devices_share_seeds_first_and_batches_then(
+    num_seeds, cores, batch_size, shape, monkeypatch
+):
+    monkeypatch.setattr(parallel.environment, "cores", lambda: cores)
+    config = seeds_config(num_seeds=num_seeds, batch_size=batch_size, parallel=0)
+    assert parallel.mesh(config).devices.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_seeds": 0}, "num_seeds=0 must be at least 1"),
+        ({"seed": 2**32 - 1}, "the seed 4294967296 must be below"),
+    ],
+)
+def test_seeds_that_cannot_be_run_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        config_lib.validate(seeds_config(**overrides))
+
+
+def test_one_seed_is_chosen(whole_run, capsys, monkeypatch):
+    run_dir, summary = whole_run
+    with pytest.raises(UserError, match="has the seeds 7 to 8: say which, such as seed=7"):
+        trained.load(run_dir)
+    with pytest.raises(UserError, match="has no seed 10: its seeds are 7, 8"):
+        trained.load(run_dir, seed=10)
+    monkeypatch.setattr("sys.argv", ["evaluate", str(run_dir), "--seed=8"])
+    evaluate.main()
+    accuracy = summary["seeds"][1]["test_accuracy"]
+    assert f"Test accuracy: {accuracy:.2%}" in capsys.readouterr().out
+
+
+def test_a_finished_run_of_several_seeds_shows_them(whole_run, capsys):
+    run_dir, summary = whole_run
+    assert train.train_and_evaluate(seeds_config(), run_dir) == summary
+    out = capsys.readouterr().out
+    for each in summary["seeds"]:
+        assert f"Test accuracy of seed {each['seed']}: {each['test_accuracy']:.2%}\n" in out
+    assert f"± {summary['test_accuracy_deviation']:.2%}, from" in out
+    assert "--seed=7" in out
