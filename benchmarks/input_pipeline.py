@@ -8,31 +8,21 @@ without training; "train, stream" and "train, resident" train an epoch with eith
 must have been prepared, which training a recipe once does.
 """
 
-import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
-from benchmarks import hardware, recipes
-from benchmarks.throughput import NETWORKS, RESULTS
+from benchmarks import hardware, recipes, suite
+from benchmarks.throughput import NETWORKS
 from mnist_flax import batches, cli, datasets, environment, loaders, parallel, train
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.input_pipeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = suite.parser("input_pipeline", __doc__)
     parser.add_argument("--network", choices=NETWORKS, default="larger")
     parser.add_argument("--split", default="train", help="a TFDS slice")
     parser.add_argument("--dataset", default="mnist")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     args = parser.parse_args(argv)
 
     ways = create(args.network, args.dataset, args.split)
@@ -51,10 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         "versions": environment.versions(),
         "images_per_second": speeds,
     }
-    args.results.mkdir(parents=True, exist_ok=True)
-    file = args.results / f"input_pipeline_{device}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    file.with_suffix(".md").write_text(table(result))
+    suite.write(result, args.results / f"input_pipeline_{device}.json", table(result))
 
 
 def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int]]:
@@ -106,14 +93,12 @@ def table(result: dict) -> str:
     """Medians as Markdown, with the spread."""
     lines = ["| way | images/s (lowest to highest) |", "|---|---|"]
     for name, speeds in result["images_per_second"].items():
-        median = statistics.median(speeds)
-        lines.append(f"| {name} | {median:,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) |")
+        lines.append(f"| {name} | {suite.spread(speeds)} |")
     count = len(next(iter(result["images_per_second"].values())))
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     lines += [
         "",
         f"`{result['network']}` on MNIST-shaped images; medians of {count} runs; "
-        f"{result['hardware']}; {versions}.",
+        f"{suite.conditions(result)}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,88 +1,150 @@
 """Trains every recipe on real MNIST over several seeds and writes the table of results.
 
     python -m benchmarks.reproduce                              # what the README shows
-    python -m benchmarks.reproduce --recipes larger --seeds 5
+    python -m benchmarks.reproduce --recipes larger --seeds 20
+    python -m benchmarks.reproduce --keras                      # the same recipes in Keras
 
 A run that is stopped goes on where it was, and a finished one is not repeated. What counts is
 the accuracy after the last epoch; no epoch is picked.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parent / "results"
-# Recipe, the tutorial's test accuracy in percent, and the number of seeds by default: three
-# where a run takes less than three minutes on two CPU cores.
+from benchmarks import suite
+from benchmarks.recipes import ROOT
+from mnist_flax import cli, environment
+
+
+class Recipe(NamedTuple):
+    """The tutorial's test accuracy in percent, and how many seeds to train with."""
+
+    tutorial: float | None
+    seeds: int
+
+
 RECIPES = {
-    "larger": (99.03, 3),
-    "baseline": (99.07, 3),
-    "convnet": (99.22, 3),
-    "convnet_5_epochs": (99.18, 3),
-    "single_conv_5x5": (99.13, 3),
-    "double_conv_3x3": (99.26, 1),
-    "double_conv_5x5": (None, 1),
-    "branched": (99.25, 1),
+    "larger": Recipe(99.03, 10),
+    "baseline": Recipe(99.07, 10),
+    "convnet": Recipe(99.22, 10),
+    "convnet_5_epochs": Recipe(99.18, 10),
+    "single_conv_5x5": Recipe(99.13, 10),
+    "double_conv_3x3": Recipe(99.26, 5),
+    "double_conv_5x5": Recipe(None, 5),
+    "branched": Recipe(99.25, 4),
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproduce", description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = suite.parser("reproduce", __doc__, repetitions=None)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--seeds", type=int, help="seeds 0 to N-1; default: 1 or 3, by the recipe")
+    parser.add_argument("--seeds", type=int, help="seeds 0 to N-1; default: 4 to 10, by the recipe")
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=environment.cores(),
+        help="seeds trained at once; default: the cores (%(default)s)",
+    )
+    parser.add_argument("--keras", action="store_true", help="train in Keras, as measured beside")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="run folders")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for recipe in args.recipes:
-        for seed in range(args.seeds or RECIPES[recipe][1]):
-            train(recipe, seed, args.runs / f"{recipe}-seed{seed}")
-        write(args.runs)
+        seeds = args.seeds or RECIPES[recipe].seeds
+        step = 1 if args.keras else args.together
+        for first in range(0, seeds, step):
+            if args.keras:
+                train_in_keras(recipe, first, args.runs)
+            else:
+                train(recipe, first, min(step, seeds - first), args.runs)
+            write(args.runs, args.results)
 
 
-def train(recipe: str, seed: int, run_dir: Path) -> None:
-    """Runs, or finishes, one training in a process of its own."""
+def train(recipe: str, first: int, count: int, runs: Path) -> None:
+    """Runs, or finishes, the training of some seeds in a process of its own."""
     command = [sys.executable, "-m", "mnist_flax.main", f"--config=configs/{recipe}.py"]
-    command += [f"--config.seed={seed}", f"--workdir={run_dir}"]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+    command += [f"--config.seed={first}", f"--config.num_seeds={count}"]
+    run_dir = runs.absolute() / f"{recipe}-seeds{first}-{first + count - 1}"
+    subprocess.run([*command, f"--workdir={run_dir}"], check=True, cwd=ROOT)
 
 
-def write(runs: Path) -> None:
+def train_in_keras(recipe: str, seed: int, runs: Path) -> None:
+    """The same in Keras, unless it was done before; a run that is stopped begins again."""
+    file = runs.absolute() / f"{recipe}-keras-seed{seed}" / "summary.json"
+    if not file.exists():
+        command = [sys.executable, "-m", "benchmarks.scripts.keras_recipe", recipe, str(seed)]
+        subprocess.run([*command, str(file)], check=True, cwd=ROOT)
+
+
+def write(runs: Path, folder: Path) -> None:
     """Writes the results of all finished runs as JSON and as a table."""
-    summaries = [json.loads(p.read_text()) for p in sorted(runs.glob("*-seed*/summary.json"))]
-    # Times are left to benchmarks.throughput: here other work may go on beside a run.
-    for summary in summaries:
-        for key in ("wall_seconds", "compile_seconds", "images_per_second"):
-            del summary[key]
-    results = {recipe: [s for s in summaries if s["config_name"] == recipe] for recipe in RECIPES}
-    RESULTS.mkdir(exist_ok=True)
-    name = "reproduce_" + ("cpu" if summaries[0]["device"].startswith("cpu") else "gpu")
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(table(results))
+    found = {recipe: list(collect(runs, recipe)) for recipe in RECIPES}
+    device = next(run["device"] for entries in found.values() for run in entries)
+    kind = "cpu" if device.startswith("cpu") else "gpu"
+    suite.write(found, folder / f"reproduce_{kind}.json", table(found))
 
 
-def table(results: dict[str, list[dict]]) -> str:
+def collect(runs: Path, recipe: str) -> Iterator[dict[str, Any]]:
+    """One entry a seed, ours and Keras's, of the finished runs of a recipe."""
+    for path in sorted(runs.glob(f"{recipe}-*/summary.json")):
+        summary = json.loads(path.read_text())
+        seeds = summary.get("seeds", [summary])
+        for each in seeds:
+            yield {
+                "by": summary.get("by", "mnist_flax"),
+                "seed": each["seed"],
+                "test_accuracy": each["test_accuracy"],
+                "test_loss": each["test_loss"],
+                # Of all seeds that were trained at once.
+                "minutes": round(summary["wall_seconds"] / 60 / len(seeds), 2),
+                "device": summary["device"],
+                "versions": summary["versions"],
+            }
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """The results as Markdown, one recipe a line."""
     lines = [
-        "| recipe | tutorial | test accuracy, mean ± deviation | min | max | seeds |",
-        "|---|---|---|---|---|---|",
+        "| recipe | tutorial | test accuracy | lowest | highest | seeds | Keras, same recipe "
+        "| minutes a seed: ours, Keras |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for recipe, runs in results.items():
-        if not runs:
+    versions: dict[str, str] = {}
+    for recipe, runs in found.items():
+        ours = [run for run in runs if run["by"] == "mnist_flax"]
+        keras = [run for run in runs if run["by"] == "keras"]
+        if not ours:
             continue
-        accuracies = [100 * run["test_accuracy"] for run in runs]
-        deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
-        tutorial = RECIPES[recipe][0]
+        tutorial = RECIPES[recipe].tutorial
+        accuracies = [100 * run["test_accuracy"] for run in ours]
+        minutes = [
+            f"{statistics.mean(run['minutes'] for run in by):.1f}" if by else "–"
+            for by in (ours, keras)
+        ]
         lines.append(
-            f"| `{recipe}` | {f'{tutorial:.2f} %' if tutorial else 'not printed'} | "
-            f"{statistics.mean(accuracies):.2f}{deviation} % | {min(accuracies):.2f} | "
-            f"{max(accuracies):.2f} | {len(runs)} |"
+            f"| `{recipe}` | {f'{tutorial:.2f} %' if tutorial else 'not printed'} "
+            f"| {_mean(ours)} | {min(accuracies):.2f} | {max(accuracies):.2f} | {len(ours)} "
+            f"| {f'{_mean(keras)} ({len(keras)})' if keras else '–'} | {', '.join(minutes)} |"
         )
-    run = next(runs for runs in results.values() if runs)[0]
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    return "\n".join(lines) + f"\n\n{run['device']}; {versions}.\n"
+        for run in ours + keras:
+            versions |= run["versions"]
+        device = ours[0]["device"]
+    conditions = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        "\n".join(lines) + "\n\nMean ± standard deviation over the seeds, after the last epoch; "
+        f"{device}; {conditions}.\n"
+    )
+
+
+def _mean(runs: list[dict[str, Any]]) -> str:
+    accuracies = [100 * run["test_accuracy"] for run in runs]
+    deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
+    return f"{statistics.mean(accuracies):.2f}{deviation} %"
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -16,35 +16,30 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import hardware, recipes, worker
-from benchmarks.throughput import RESULTS
+from benchmarks import hardware, recipes, suite, worker
 from mnist_flax import cli, environment, models
+from mnist_flax.errors import UserError
 
 AXES = {
     "batch_size": (8, 32, 128, 512, 2048),
     "examples": (6_000, 60_000, 240_000),
     "width": (0.5, 1, 2, 4),
 }
-NETWORKS = [name for name in models.names() if isinstance(models.create(name), models.CNN)]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--network", choices=NETWORKS, default="convnet")
+    parser = suite.parser("scaling", __doc__, repetitions=3)
+    parser.add_argument("--network", choices=models.names(), default="convnet")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3, help="training time of each point")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.point:
+    if args.point is not None:
         print(json.dumps(measure(args.network, args.seconds, **args.point)))
         return
 
+    if not isinstance(models.create(args.network), models.CNN):
+        raise UserError(f"{args.network} has no width: choose another network")
     usual = {
         "batch_size": recipes.config(args.network).batch_size,
         "examples": 60_000,
@@ -54,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = [[] for _ in points]
     for repetition in range(args.repetitions):
         for point, runs in zip(points, measured, strict=True):
-            runs.append(run(args, usual | point))
+            runs.append(run(args.network, args.device, args.seconds, usual | point))
             speed, done = runs[-1]["images_per_second"], f"{repetition + 1}/{args.repetitions}"
             print(f"{done} {point}: {speed:,.0f} images/s", flush=True)
 
@@ -67,19 +62,17 @@ def main(argv: list[str] | None = None) -> None:
             {"point": point, "runs": runs} for point, runs in zip(points, measured, strict=True)
         ],
     }
-    args.results.mkdir(parents=True, exist_ok=True)
     file = args.results / f"scaling_{args.device}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    file.with_suffix(".md").write_text(table(result))
+    suite.write(result, file, table(result))
     plot(result, file.with_suffix(".png"))
 
 
-def run(args: argparse.Namespace, point: dict) -> dict[str, float]:
-    """Measures one point in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.scaling", f"--network={args.network}"]
-    command += [f"--seconds={args.seconds}", f"--point={json.dumps(point)}"]
+def run(network: str, device: str, seconds: float, point: dict) -> dict[str, float]:
+    """Measures one point in a process of its own; what `point` lacks is the recipe's."""
+    command = [sys.executable, "-m", "benchmarks.scaling", f"--network={network}"]
+    command += [f"--seconds={seconds}", f"--point={json.dumps(point)}"]
     env = os.environ | {
-        "JAX_PLATFORMS": "cpu" if args.device == "cpu" else "cuda",
+        "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda",
         # A program from a cache leaves out the memory that compiling takes.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
@@ -90,9 +83,14 @@ def run(args: argparse.Namespace, point: dict) -> dict[str, float]:
 
 
 def measure(
-    network: str, seconds: float, batch_size: int, examples: int, width: float
+    network: str,
+    seconds: float,
+    batch_size: int | None = None,
+    examples: int = 60_000,
+    width: float = 1,
+    num_seeds: int = 1,
 ) -> dict[str, float]:
-    """Trains for at least so many seconds in this process."""
+    """Trains for at least so many seconds in this process; images/s are those of all seeds."""
     import jax
     import numpy as np
 
@@ -103,13 +101,14 @@ def measure(
     images = rng.integers(0, 256, (examples, 28, 28, 1), np.uint8)
     labels = rng.integers(0, 10, examples, np.int32)
     config = recipes.config(network)
-    config.batch_size = batch_size
-    own = models.create(network)
-    model = models.create(
-        network,
-        convs=tuple((round(width * features), *rest) for features, *rest in own.convs),
-        dense=tuple(round(width * features) for features in own.dense),
-    )
+    config.batch_size, config.num_seeds = batch_size or config.batch_size, num_seeds
+    model = models.create(network)
+    if width != 1:
+        model = models.create(
+            network,
+            convs=tuple((round(width * features), *rest) for features, *rest in model.convs),
+            dense=tuple(round(width * features) for features in model.dense),
+        )
     tx = train.create_optimizer(config, examples)
     mesh = parallel.mesh(config)
     sharding = parallel.replicated(mesh)
@@ -120,14 +119,15 @@ def measure(
     program = train.compile_programs(config, model, tx, state, splits, mesh).train
 
     length = train.piece_length(config, examples, data.most)
-    rows = batches.train_batches(0, 0, examples, batch_size)
+    rows = batches.train_batches(0, 0, examples, config.batch_size)
+    rows = np.tile(rows, num_seeds)
     pieces = list(data.pieces(rows[: len(rows) // length * length], length))
     state, _ = jax.block_until_ready(program(state, pieces[0]))
     speeds, begun, turn = [], time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
         clock = time.perf_counter()
         state, metrics = program(state, pieces[turn % len(pieces)])
-        count = int(metrics.count)
+        count = int(np.sum(metrics.count))
         speeds.append(count / (time.perf_counter() - clock))
         turn += 1
     memory = ours.device_memory() or worker.peak_memory()
@@ -145,16 +145,14 @@ def table(result: dict) -> str:
         ((axis, value),) = entry["point"].items()
         speeds = [run["images_per_second"] for run in entry["runs"]]
         lines.append(
-            f"| {axis.replace('_', ' ')} | {value:,} | {median(entry, 'images_per_second'):,.0f} "
-            f"({min(speeds):,.0f} to {max(speeds):,.0f}) "
+            f"| {axis.replace('_', ' ')} | {value:,} | {suite.spread(speeds)} "
             f"| {median(entry, 'peak_memory_mib'):,.0f} MiB |"
         )
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     usual = ", ".join(f"{axis.replace('_', ' ')} {v:,}" for axis, v in result["usual"].items())
     lines += [
         "",
         f"`{result['network']}`, where not varied {usual}; medians of {len(entry['runs'])} runs; "
-        f"{result['hardware']}; {versions}.",
+        f"{suite.conditions(result)}",
     ]
     return "\n".join(lines) + "\n"
 

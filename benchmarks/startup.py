@@ -11,7 +11,6 @@ others are scripts as their users write them. They take turns.
 recipe once does.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -24,12 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import hardware, recipes
+from benchmarks import hardware, recipes, suite
 from benchmarks.throughput import (
     NETWORKS,
     OURS,
     PACKAGES,
-    RESULTS,
     check_installed,
     spec_of,
     version_of,
@@ -47,16 +45,10 @@ SCRIPTS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.startup",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = suite.parser("startup", __doc__)
     parser.add_argument("--network", choices=NETWORKS, default="larger")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     args = parser.parse_args(argv)
     # Ours is always measured: the ratios are to it.
     scripts = list({OURS: None} | dict.fromkeys(args.scripts))
@@ -79,10 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         "versions": {package: version_of(package) for package in PACKAGES},
         "seconds": runs,
     }
-    args.results.mkdir(parents=True, exist_ok=True)
-    file = args.results / "startup_cpu.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    file.with_suffix(".md").write_text(table(result))
+    suite.write(result, args.results / "startup_cpu.json", table(result))
 
 
 def write_data(folder: Path, network: str, dataset: str) -> None:
@@ -148,18 +137,13 @@ def table(result: dict) -> str:
         cells = []
         for key in ("first_step", "whole_process"):
             values, ours = column(script, key), column(OURS, key)
-            median = statistics.median(values)
-            cells += [
-                f"{median:.1f} s ({min(values):.1f} to {max(values):.1f})",
-                f"{median / statistics.median(ours):.2f}",
-            ]
+            ratio = statistics.median(values) / statistics.median(ours)
+            cells += [suite.spread(values, ".1f", " s"), f"{ratio:.2f}"]
         lines.append(f"| {script} | " + " | ".join(cells) + " |")
     turns = len(result["seconds"][OURS])
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
     lines += [
         "",
-        f"`{result['network']}`, one epoch; medians of {turns} turns; {result['hardware']}; "
-        f"{versions}.",
+        f"`{result['network']}`, one epoch; medians of {turns} turns; {suite.conditions(result)}",
     ]
     return "\n".join(lines) + "\n"
 

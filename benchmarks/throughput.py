@@ -26,11 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import hardware, recipes
+from benchmarks import hardware, recipes, suite
 from mnist_flax import batches, cli, datasets, models
 from mnist_flax.errors import UserError
 
-RESULTS = Path(__file__).parent / "results"
 NETWORKS = (
     "larger",
     "baseline",
@@ -70,18 +69,12 @@ PACKAGES = (OURS, "jax", "flax", "optax", "keras", "tensorflow", "torch", "numpy
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = suite.parser("throughput", __doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all for the device")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--repetitions", type=int, default=5, help="turns of each peer")
     parser.add_argument("--seconds", type=float, default=3, help="training time in a turn")
     parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     args = parser.parse_args(argv)
 
     # Ours is always measured: the ratios are to it.
@@ -90,11 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     needs = [(peer, package) for peer in peers for package in PEERS[peer].packages]
     check_installed([("the plot", "matplotlib"), *needs])
     machine = hardware.describe(args.device)
-    args.results.mkdir(parents=True, exist_ok=True)
     file = args.results / f"throughput_{args.device}.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    measured = json.loads(file.read_text()) if file.exists() else {}
     for network in args.networks:
-        results[network] = {
+        measured[network] = {
             "measured": time.strftime("%Y-%m-%d"),
             "batch_size": recipes.config(network).batch_size,
             "hardware": machine,
@@ -102,10 +94,9 @@ def main(argv: list[str] | None = None) -> None:
             "peers": measure(network, peers, args),
         }
         # After each network, so that a long run that is stopped keeps what it has.
-        results = {name: results[name] for name in NETWORKS if name in results}
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        file.with_suffix(".md").write_text(table(results))
-        plot(results, file.with_suffix(".png"))
+        measured = {name: measured[name] for name in NETWORKS if name in measured}
+        suite.write(measured, file, table(measured))
+        plot(measured, file.with_suffix(".png"))
 
 
 def measure(network: str, peers: list[str], args: argparse.Namespace) -> dict[str, dict]:
@@ -216,7 +207,7 @@ def best_peer(reports: dict[str, dict]) -> str | None:
     return max(others, key=lambda peer: speed(reports, peer)) if others else None
 
 
-def table(results: dict[str, dict]) -> str:
+def table(measured: dict[str, dict]) -> str:
     """Ours beside the best peer, then every peer, as Markdown."""
     lines = [
         "| network (batch) | images/s (lowest to highest) | steps/s | best peer | ratio to it "
@@ -224,24 +215,23 @@ def table(results: dict[str, dict]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     ratios = []
-    for network, result in results.items():
+    for network, result in measured.items():
         reports, batch = result["peers"], result["batch_size"]
         best, against = best_peer(reports), "– | –"
         if best:
             ratios.append(speed(reports, OURS) / speed(reports, best))
             against = f"{best}, {speed(reports, best):,.0f} | **{ratios[-1]:.2f}**"
         lines.append(
-            f"| `{network}` ({batch}) | {spread(reports[OURS])} "
+            f"| `{network}` ({batch}) | {suite.spread(reports[OURS]['images_per_second'])} "
             f"| {speed(reports, OURS) / batch:,.1f} | {against} | {costs(reports[OURS])} |"
         )
     if ratios:
         mean = statistics.geometric_mean(ratios)
         lines += ["", f"Geometric mean of the ratios: {mean:.2f}."]
     conditions = {}
-    for network, result in results.items():
+    for network, result in measured.items():
         turns = len(result["peers"][OURS]["images_per_second"])
-        versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
-        text = f"Medians of {turns} turns; {result['hardware']}; {versions}."
+        text = f"Medians of {turns} turns; {suite.conditions(result)}"
         conditions.setdefault(text, []).append(f"`{network}`")
     for text, networks in conditions.items():
         which = f"{', '.join(networks)}: " if len(conditions) > 1 else ""
@@ -255,21 +245,15 @@ def table(results: dict[str, dict]) -> str:
         "| of which compiling | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    for network, result in results.items():
+    for network, result in measured.items():
         reports = result["peers"]
         lines += [
-            f"| `{network}` | {peer} | {spread(reports[peer])} "
+            f"| `{network}` | {peer} | {suite.spread(reports[peer]['images_per_second'])} "
             f"| {speed(reports, OURS) / speed(reports, peer):.2f} | {costs(reports[peer])} |"
             for peer in PEERS
             if peer in reports
         ]
     return "\n".join(lines) + "\n"
-
-
-def spread(report: dict) -> str:
-    """Median speed with the lowest and the highest."""
-    speeds = report["images_per_second"]
-    return f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})"
 
 
 def costs(report: dict) -> str:
@@ -281,22 +265,22 @@ def costs(report: dict) -> str:
     )
 
 
-def plot(results: dict[str, dict], file: Path) -> None:
+def plot(measured: dict[str, dict], file: Path) -> None:
     """Bars of every peer's speed, as a share of ours."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [p for p in PEERS if any(p in result["peers"] for result in results.values())]
-    figure, axes = plt.subplots(figsize=(1.6 * len(results) + 2, 4.5), layout="constrained")
+    names = [p for p in PEERS if any(p in result["peers"] for result in measured.values())]
+    figure, axes = plt.subplots(figsize=(1.6 * len(measured) + 2, 4.5), layout="constrained")
     width = 0.8 / len(names)
     for i, peer in enumerate(names):
-        have = [(j, r["peers"]) for j, r in enumerate(results.values()) if peer in r["peers"]]
+        have = [(j, r["peers"]) for j, r in enumerate(measured.values()) if peer in r["peers"]]
         heights = [speed(reports, peer) / speed(reports, OURS) for _, reports in have]
         places = [j + (i - (len(names) - 1) / 2) * width for j, _ in have]
         axes.bar(places, heights, width, label=peer, color="black" if peer == OURS else None)
-    axes.set_xticks(range(len(results)), results, rotation=15)
+    axes.set_xticks(range(len(measured)), measured, rotation=15)
     axes.set_ylabel(f"training speed, {OURS} = 1")
     axes.legend(ncols=2, fontsize="small")
     figure.savefig(file, dpi=120)

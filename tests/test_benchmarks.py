@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -123,10 +124,47 @@ def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path):
 
 
 def test_the_table_of_accuracies():
-    runs = [
-        {"test_accuracy": a, "device": "cpu (2 cores)", "versions": {"jax": "1"}}
-        for a in (0.99, 0.992)
-    ]
-    text = reproduce.table({"larger": runs, "convnet": []})
-    assert "| `larger` | 99.03 % | 99.10 ± 0.14 % | 99.00 | 99.20 | 2 |" in text
+    def run(accuracy, by="mnist_flax"):
+        versions = {"keras": "3"} if by == "keras" else {"jax": "1"}
+        facts = {"device": "cpu (2 cores)", "versions": versions, "minutes": 1.5}
+        return {"by": by, "test_accuracy": accuracy} | facts
+
+    results = {"larger": [run(0.99), run(0.992), run(0.9895, "keras")], "convnet": []}
+    text = reproduce.table(results)
+    assert (
+        "| `larger` | 99.03 % | 99.10 ± 0.14 % | 99.00 | 99.20 | 2 | 98.95 % (1) | 1.5, 1.5 |\n"
+        in text
+    )
     assert "convnet" not in text
+    assert "cpu (2 cores); jax 1, keras 3.\n" in text
+
+
+def test_seeds_are_trained_in_groups_and_collected_one_by_one(tmp_path, monkeypatch):
+    commands = []
+
+    def finished(command, check, cwd):
+        commands.append(command[3:6])
+        folder = Path(command[-1].removeprefix("--workdir="))
+        folder.mkdir(parents=True)
+        facts = {"device": "cpu (2 cores)", "versions": {"jax": "1"}, "wall_seconds": 120}
+        seeds = [{"seed": n, "test_loss": 0.1, "test_accuracy": 0.99 + n / 1000} for n in (0, 1)]
+        own = {"seeds": seeds} if len(commands) == 1 else seeds[0] | {"seed": 2}
+        (folder / "summary.json").write_text(json.dumps(facts | own))
+
+    monkeypatch.setattr(reproduce.subprocess, "run", finished)
+    reproduce.main(
+        ["--recipes", "larger", "--seeds=3", "--together=2"]
+        + [f"--runs={tmp_path / 'runs'}", f"--results={tmp_path}"]
+    )
+    assert [command[1:] for command in commands] == [
+        ["--config.seed=0", "--config.num_seeds=2"],
+        ["--config.seed=2", "--config.num_seeds=1"],
+    ]
+    found = json.loads((tmp_path / "reproduce_cpu.json").read_text())["larger"]
+    assert [(run["seed"], run["test_accuracy"]) for run in found] == [
+        (0, 0.99),
+        (1, 0.991),
+        (2, 0.99),
+    ]
+    assert [run["minutes"] for run in found] == [1.0, 1.0, 2.0]
+    assert "99.03 ± 0.06 % | 99.00 | 99.10 | 3 |" in (tmp_path / "reproduce_cpu.md").read_text()

@@ -1,0 +1,56 @@
+"""A recipe in Keras: python -m benchmarks.scripts.keras_recipe RECIPE SEED SUMMARY.json
+
+What the tutorials do: `fit` on arrays, shuffled each epoch, and the test images scored once, at
+the end. The data are those of the package.
+"""
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import keras
+
+from benchmarks import recipes
+from benchmarks.peers import keras_fit
+from benchmarks.throughput import spec_of, version_of
+from mnist_flax import datasets, environment
+
+
+def run(recipe: str, seed: str, file: str) -> None:
+    began = time.perf_counter()
+    config = recipes.config(recipe)
+    train = datasets.load(config.data.name, config.data.train_split)
+    test = datasets.load(config.data.name, config.data.test_split)
+    keras.utils.set_random_seed(int(seed))
+    model = keras_fit.network(spec_of(config.model))
+    model.compile(
+        config.optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        steps_per_execution=keras_fit.STEPS_PER_EXECUTION,
+    )
+    images = train.images.astype("float32") / 255
+    model.fit(images, train.labels, config.batch_size, config.epochs, verbose=2)
+    images = test.images.astype("float32") / 255
+    loss, accuracy = model.evaluate(images, test.labels, batch_size=500, verbose=0)
+
+    packages = ("keras", "tensorflow", "numpy")
+    summary = {
+        "by": "keras",
+        "seed": int(seed),
+        "test_loss": loss,
+        "test_accuracy": round(accuracy * len(test.labels)) / len(test.labels),
+        "wall_seconds": time.perf_counter() - began,
+        "device": environment.device_name(),
+        "versions": {"python": platform.python_version()}
+        | {name: version_of(name) for name in packages},
+    }
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])
