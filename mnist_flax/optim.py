@@ -14,7 +14,8 @@ def create_schedule(name: str, learning_rate: float, total_steps: int) -> optax.
     Args:
         name: `constant`; `cosine`, falling to 0 along half a cosine; `one_cycle`, rising from
             1/25 to the full rate over the first 30 % of the steps, then falling to 1/250,000
-            (Smith & Topin, 2018, with cosine flanks); `exponential`, falling to 1/100.
+            (Smith & Topin, 2018, with cosine flanks); `exponential`, falling to 1/100. Of these,
+            `cosine` is Keras's CosineDecay and `exponential` its ExponentialDecay.
         learning_rate: the highest learning rate.
         total_steps: steps of the whole run.
     """

@@ -70,7 +70,11 @@ def gather(images: jax.Array, labels: jax.Array, indices: jax.Array) -> Batch:
 
 
 def measure(logits: jax.Array, batch: Batch) -> Metrics:
-    """Cross-entropy, correct predictions and count of a batch; logits [B, classes]."""
+    """Cross-entropy, correct predictions and count of a batch; logits [B, classes].
+
+    The loss is that of Keras's categorical cross-entropy, without the 1e-7 at which Keras on some
+    backends cuts off probabilities.
+    """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     correct = (logits.argmax(-1) == batch.labels) & (batch.mask > 0)
     return Metrics(
