@@ -59,10 +59,11 @@ def mnist(mnist_gz, prepared) -> Path:
     return mnist_gz
 
 
-@pytest.fixture
-def compiled_once(monkeypatch, compiled):
+@pytest.fixture(scope="module")
+def compiled_once():
     """Lets runs of one configuration share what they compile, which takes most of their time."""
     initial_state, compile_programs = train.initial_state, train.compile_programs
+    compiled = {}
 
     def shared(kind, config, make):
         key = kind, config.to_json()
@@ -78,10 +79,7 @@ def compiled_once(monkeypatch, compiled):
     def programs(config, *args):
         return shared("programs", config, lambda: compile_programs(config, *args))
 
-    monkeypatch.setattr(train, "initial_state", state_copy)
-    monkeypatch.setattr(train, "compile_programs", programs)
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    return {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "initial_state", state_copy)
+        patch.setattr(train, "compile_programs", programs)
+        yield

@@ -8,27 +8,27 @@ import numpy as np
 import pytest
 
 from mnist_flax import config as config_lib
-from mnist_flax import evaluate, parallel, rundir, signals, state, steps, train, trained
+from mnist_flax import evaluate, models, parallel, rundir, signals, state, steps, train, trained
 from mnist_flax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def seeds_config(**overrides):
-    """Two epochs of five steps, the last of 10, of two networks by one device each."""
+    """Two epochs of five steps, the last of 10, of two networks by two devices each."""
     config = config_lib.recipe(
         "small", "mnist", model="larger", data__name="digits", batch_size=20, epochs=2, seed=7
     )
     config.data.train_split = "train[:90]"
     config.data.watch_split = "train[90:150]"
     config.data.test_split = "test[:70]"
-    config.num_seeds, config.parallel = 2, 2
+    config.num_seeds, config.parallel = 2, 4
     config.update_from_flattened_dict(overrides)
     return config
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, prepared):
+def whole_run(tmp_path_factory, prepared, compiled_once):
     run_dir = tmp_path_factory.mktemp("seeds") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(prepared))
@@ -41,7 +41,7 @@ def test_each_seed_is_a_run_of_its_own(whole_run, tmp_path):
     rows = rundir.read_metrics(run_dir)
     assert [[each["seed"] for each in row["seeds"]] for row in rows] == [[7, 8], [7, 8]]
     # The second, whose every key, order and place is another than the first's.
-    single = train.train_and_evaluate(seeds_config(seed=8, num_seeds=1, parallel=1), tmp_path)
+    single = train.train_and_evaluate(seeds_config(seed=8, num_seeds=1, parallel=2), tmp_path)
     for row, expected in zip(rows, rundir.read_metrics(tmp_path), strict=True):
         for key in ("train_loss", "watch_loss"):
             assert row["seeds"][1][key] == pytest.approx(expected[key], rel=1e-5)
@@ -73,11 +73,11 @@ def test_the_summary_has_each_seed_and_their_statistics(whole_run):
 
 def test_a_stopped_run_of_several_seeds_resumes_bit_for_bit(whole_run, tmp_path, monkeypatch):
     run_dir, summary = whole_run
-    score_epoch = train._epoch_row
+    epoch_row = train._epoch_row
 
     def stop(*args):
         signals.signal.raise_signal(signals.signal.SIGTERM)
-        return score_epoch(*args)
+        return epoch_row(*args)
 
     monkeypatch.setattr(train, "_epoch_row", stop)
     with pytest.raises(signals.Stopped):
@@ -100,8 +100,8 @@ def test_streamed_seeds_are_bit_for_bit_the_same(whole_run, tmp_path):
 
 def test_seeds_can_be_trained_by_vmap():
     """As on GPU and TPU, where `_each_seed` has all seeds in one step."""
-    config = seeds_config()
-    model, tx = train.create_model(config, 10), train.create_optimizer(config, 60)
+    model = models.CNN(convs=((4, 3, True),), dense=(8,), conv_dropout=0.2)
+    tx = train.create_optimizer(seeds_config(), 60)
     create = partial(state.create, model=model, tx=tx, image_shape=(28, 28, 1))
     states = jax.jit(jax.vmap(create))(np.arange(2, dtype=np.uint32))
     rng = np.random.default_rng(0)

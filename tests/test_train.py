@@ -29,7 +29,7 @@ def small_config(**overrides):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, prepared):
+def whole_run(tmp_path_factory, prepared, compiled_once):
     """A run that was never stopped, and its summary."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -179,13 +179,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(whole_run, tmp_path, monk
 def test_best_and_latest_are_kept_where_the_watched_split_is_not_the_test_set(
     tmp_path, monkeypatch
 ):
-    score_epoch = train._score_epoch
+    epoch_row = train._epoch_row
 
-    def worsening(programs, state, position):
-        row = score_epoch(programs, state, position)
+    def worsening(config, programs, state, position):
+        row = epoch_row(config, programs, state, position)
         return row | {"watch_accuracy": 0.9 - position.epoch / 10}
 
-    monkeypatch.setattr(train, "_score_epoch", worsening)
+    monkeypatch.setattr(train, "_epoch_row", worsening)
     config = small_config(epochs=4)
     train.train_and_evaluate(config, tmp_path / "run")
     kept = sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
