@@ -121,18 +121,20 @@ def recognise(content: Content, name: str | None) -> tuple[str, nn.Module, tuple
         raise UserError("it holds no convolutional or dense layer with weights")
     num_classes = (content.weights[-1][-1].shape or (0,))[-1]
     candidates = {n: models.create(n, num_classes=num_classes) for n in models.names()}
-    fitting = [n for n, model in candidates.items() if _fits(content, model, n == name)]
-    if name:
-        fitting = [name] if name in fitting else []
-    if len(fitting) > 1:
-        raise UserError(f"it may hold any of {', '.join(fitting)}: say which with --model")
-    if not fitting:
-        alike = [n for n, model in candidates.items() if _fits(content, model, True)]
-        hint = f"; but for its dropout it is {alike[0]}: give --model={alike[0]}" if alike else ""
-        wanted = f"is not {name}" if name else f"is none of {', '.join(candidates)}"
-        raise UserError(f"its network {wanted} (it has {_found(content)}){hint}")
-    model = candidates[fitting[0]]
-    return fitting[0], model, _image_shape(content)
+    alike = [n for n, model in candidates.items() if _fits(content, model, any_dropout=True)]
+    if name in alike:
+        return name, candidates[name], _image_shape(content)
+    fitting = [n for n in alike if _fits(content, candidates[n], any_dropout=False)]
+    if name or not alike:
+        wanted = f"not {name}" if name else f"none of {', '.join(candidates)}"
+        known = f"but {' or '.join(alike)}: it" if alike else "it"
+        raise UserError(f"its network is {wanted}, {known} has {_found(content)}")
+    if len(fitting) != 1:
+        raise UserError(
+            f"its network is {' or '.join(fitting or alike)}, but for its dropout: say which with "
+            "--model"
+        )
+    return fitting[0], candidates[fitting[0]], _image_shape(content)
 
 
 def params_of(

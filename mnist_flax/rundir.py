@@ -69,9 +69,19 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
 
 
 def create(run_dir: Path, config: ConfigDict) -> None:
-    """Makes the folder and writes its configuration."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", config.to_dict())
+    """Makes the folder and writes its configuration.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "config.json", config.to_dict())
+    except OSError as error:
+        raise UserError(
+            f"the run folder {run_dir} cannot be written ({error.strerror}): "
+            "name another with --workdir"
+        ) from None
 
 
 def read_config(run_dir: Path) -> ConfigDict:
