@@ -54,13 +54,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="run folders")
     args = parser.parse_args(argv)
     for recipe in args.recipes:
-        seeds = args.seeds or RECIPES[recipe].seeds
-        step = 1 if args.keras else args.together
-        for first in range(0, seeds, step):
+        by = "keras" if args.keras else "mnist_flax"
+        done = {run["seed"] for run in collect(args.runs, recipe) if run["by"] == by}
+        left = [seed for seed in range(args.seeds or RECIPES[recipe].seeds) if seed not in done]
+        while left:
             if args.keras:
-                train_in_keras(recipe, first, args.runs)
+                train_in_keras(recipe, left.pop(0), args.runs)
             else:
-                train(recipe, first, min(step, seeds - first), args.runs)
+                # Seeds that follow one another.
+                count = 1
+                while count < min(args.together, len(left)) and left[count] == left[0] + count:
+                    count += 1
+                train(recipe, left[0], count, args.runs)
+                del left[:count]
             write(args.runs, args.results)
 
 
@@ -73,11 +79,10 @@ def train(recipe: str, first: int, count: int, runs: Path) -> None:
 
 
 def train_in_keras(recipe: str, seed: int, runs: Path) -> None:
-    """The same in Keras, unless it was done before; a run that is stopped begins again."""
+    """The same in Keras; a run that is stopped begins again."""
     file = runs.absolute() / f"{recipe}-keras-seed{seed}" / "summary.json"
-    if not file.exists():
-        command = [sys.executable, "-m", "benchmarks.scripts.keras_recipe", recipe, str(seed)]
-        subprocess.run([*command, str(file)], check=True, cwd=ROOT)
+    command = [sys.executable, "-m", "benchmarks.scripts.keras_recipe", recipe, str(seed)]
+    subprocess.run([*command, str(file)], check=True, cwd=ROOT)
 
 
 def write(runs: Path, folder: Path) -> None:
@@ -117,22 +122,23 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     for recipe, runs in found.items():
         ours = [run for run in runs if run["by"] == "mnist_flax"]
         keras = [run for run in runs if run["by"] == "keras"]
-        if not ours:
+        if not runs:
             continue
         tutorial = RECIPES[recipe].tutorial
         accuracies = [100 * run["test_accuracy"] for run in ours]
+        own = "– | – | – | 0"
+        if ours:
+            own = f"{_mean(ours)} | {min(accuracies):.2f} | {max(accuracies):.2f} | {len(ours)}"
         minutes = [
             f"{statistics.mean(run['minutes'] for run in by):.1f}" if by else "–"
             for by in (ours, keras)
         ]
-        lines.append(
-            f"| `{recipe}` | {f'{tutorial:.2f} %' if tutorial else 'not printed'} "
-            f"| {_mean(ours)} | {min(accuracies):.2f} | {max(accuracies):.2f} | {len(ours)} "
-            f"| {f'{_mean(keras)} ({len(keras)})' if keras else '–'} | {', '.join(minutes)} |"
-        )
-        for run in ours + keras:
+        printed = f"{tutorial:.2f} %" if tutorial else "not printed"
+        theirs = f"{_mean(keras)} ({len(keras)})" if keras else "–"
+        lines.append(f"| `{recipe}` | {printed} | {own} | {theirs} | {', '.join(minutes)} |")
+        for run in runs:
             versions |= run["versions"]
-        device = ours[0]["device"]
+            device = run["device"]
     conditions = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         "\n".join(lines) + "\n\nMean ± standard deviation over the seeds, after the last epoch; "

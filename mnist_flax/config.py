@@ -37,8 +37,8 @@ def default() -> ConfigDict:
             "epochs": 10,
             # Determines initial weights, order of examples and dropout.
             "seed": 0,
-            # Networks trained at once, with the seeds `seed`, `seed` + 1, ...: each a run of its
-            # own in all but the program and the run folder.
+            # Networks trained at once, with the seeds `seed`, `seed` + 1, ...: each as a run of
+            # its own with as many devices a batch. One that diverges stops all.
             "num_seeds": 1,
             # dtype of the forward and backward computation; parameters stay float32.
             "compute_dtype": "float32",

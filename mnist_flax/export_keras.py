@@ -62,7 +62,11 @@ def check_path(path: Path) -> None:
     """
     if not path.name.endswith(keras_files.SUFFIXES):
         raise UserError(f"{path} must end in {', '.join(keras_files.SUFFIXES)}")
-    if path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another") from None
+    if exists:
         raise UserError(f"{path} exists: delete it or name another file")
 
 

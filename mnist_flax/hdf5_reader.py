@@ -2,7 +2,7 @@
 
 The HDF5 library may loop or crash on a damaged file. It then takes no other work with it.
 
-    python -m mnist_flax.hdf5_reader FILE
+    python hdf5_reader.py FILE
 
 writes an .npz archive to the standard output: `content`, a JSON text that `Content` describes, and
 the arrays. Nothing in the file is executed, unpickled or followed out of it.
@@ -22,7 +22,7 @@ import numpy as np
 
 # More than any of the seven networks takes with its optimiser, even on large images.
 _MOST_BYTES = 2**30
-_MOST_CONFIG_BYTES = 2**24
+_MOST_CONFIG_BYTES = 2**20
 _MOST_MEMORY = 2**33
 
 
@@ -68,6 +68,8 @@ Layers = Iterable[tuple[str, list[h5py.Dataset]]]
 
 
 def _content(config: str | None, named: str, layers: Layers):
+    if config is not None and len(config) > _MOST_CONFIG_BYTES:
+        raise ValueError(f"its configuration takes {len(config):,} bytes")
     arrays, described, total = {}, [], 0
     for name, datasets in layers:
         entries = []
@@ -107,7 +109,10 @@ def _numbered(file: h5py.File) -> Layers:
     """Layers that are called by class and number, those of a class in their order."""
     # Keras 2.12 to 2.14 called the group by its internal name.
     old = "_layer_checkpoint_dependencies"
-    layers = _member_of(file, old if old in file else "layers", h5py.Group)
+    place = old if old in file else "layers"
+    if place not in file:
+        return
+    layers = _member_of(file, place, h5py.Group)
     for name in sorted(layers, key=lambda name: int((re.findall(r"_(\d+)$", name) or [0])[0])):
         group = _member_of(layers, name, h5py.Group)
         variables = _member_of(group, "vars", h5py.Group)
@@ -132,7 +137,7 @@ def _member_of(parent: h5py.Group, path: str, kind: type) -> Any:
     found = parent
     for part in path.split("/"):
         if not isinstance(found.get(part, getlink=True), h5py.HardLink):
-            raise KeyError(f"{parent.name}/{path} is missing")
+            raise ValueError(f"{path} is missing in {parent.name}")
         found = found[part]
     if not isinstance(found, kind):
         raise TypeError(f"{found.name} is no {kind.__name__.lower()}")

@@ -5,7 +5,8 @@ Keras nor TensorFlow is needed, and nothing in the file is executed.
 """
 
 import argparse
-from dataclasses import asdict
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from mnist_flax import (
     checkpoint,
     cli,
+    datasets,
     environment,
     keras_files,
     keras_layers,
@@ -72,18 +74,15 @@ def import_file(
     """
     if name is not None:
         models.create(name)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError(f"{run_dir} is in use: name a new or an empty folder")
+    datasets.check_name(dataset)
+    _check_folder(run_dir)
     content = keras_files.read(path)
-    try:
+    with keras_files.faults_said(path):
         name, model, image_shape = recognise(content, name)
         params = params_of(content, model, image_shape)
-    except UserError as error:
-        raise UserError(f"{path} cannot be taken: {error}") from None
 
     config = config_lib.recipe(name, dataset, model=name)
     config_lib.validate(config)
-    rundir.check(run_dir, config)
     tx = train.create_optimizer(config, config.batch_size)
     state = TrainState(
         step=jnp.zeros([], jnp.int32),
@@ -97,12 +96,31 @@ def import_file(
         "num_classes": model.num_classes,
         "config": config.to_dict(),
         "versions": environment.versions(),
-        "position": asdict(train.Position()),
+        "position": train.Position().record(),
     }
-    rundir.create(run_dir, config)
-    with checkpoint.open_manager(rundir.checkpoints(run_dir)) as manager:
-        checkpoint.save(manager, state, record)
+    # Under another name until it is whole.
+    temporary = run_dir.with_name(f".{run_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        rundir.create(temporary, config)
+        with checkpoint.open_manager(rundir.checkpoints(temporary)) as manager:
+            checkpoint.save(manager, state, record)
+        os.replace(temporary, run_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir} cannot be written ({error}): name another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return config
+
+
+def _check_folder(run_dir: Path) -> None:
+    try:
+        in_use = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be used ({error.strerror}): name another") from None
+    if in_use:
+        raise UserError(f"{run_dir} is in use: name a new or an empty folder")
 
 
 def recognise(content: Content, name: str | None) -> tuple[str, nn.Module, tuple[int, ...]]:
@@ -117,9 +135,10 @@ def recognise(content: Content, name: str | None) -> tuple[str, nn.Module, tuple
     Raises:
         UserError: it is none of them, is not the one named, or may be several.
     """
-    if not content.weights:
-        raise UserError("it holds no convolutional or dense layer with weights")
-    num_classes = (content.weights[-1][-1].shape or (0,))[-1]
+    arrays = [array for layer in content.weights for array in layer]
+    if not arrays or (not content.network and len(arrays[0].shape) != 4):
+        raise UserError(f"its network is none of {', '.join(models.names())}: {_found(content)}")
+    num_classes = max(1, *arrays[-1].shape[-1:])
     candidates = {n: models.create(n, num_classes=num_classes) for n in models.names()}
     alike = [n for n, model in candidates.items() if _fits(content, model, any_dropout=True)]
     if name in alike:
@@ -127,8 +146,8 @@ def recognise(content: Content, name: str | None) -> tuple[str, nn.Module, tuple
     fitting = [n for n in alike if _fits(content, candidates[n], any_dropout=False)]
     if name or not alike:
         wanted = f"not {name}" if name else f"none of {', '.join(candidates)}"
-        known = f"but {' or '.join(alike)}: it" if alike else "it"
-        raise UserError(f"its network is {wanted}, {known} has {_found(content)}")
+        known = f" but {' or '.join(alike)}" if alike else ""
+        raise UserError(f"its network is {wanted}{known}: {_found(content)}")
     if len(fitting) != 1:
         raise UserError(
             f"its network is {' or '.join(fitting or alike)}, but for its dropout: say which with "
@@ -171,8 +190,6 @@ def _fits(content: Content, model: nn.Module, any_dropout: bool) -> bool:
     dropouts = sum(node.text.startswith("Dropout") for node in nodes)
     if content.dropouts != dropouts and not any_dropout:
         return False
-    if len(content.weights[0][0].shape) != 4:
-        return False
     try:
         shapes = _shapes(model, _image_shape(content))
     except UserError:
@@ -198,15 +215,16 @@ def _layers(content: Content, model: nn.Module) -> list[str]:
 
 
 def _shapes(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
-    image = jnp.zeros((1, *image_shape))
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
 def _found(content: Content) -> str:
     if content.network:
-        return ", ".join(node.text for node in content.network.nodes)
+        return f"it has {', '.join(node.text for node in content.network.nodes)}"
     shapes = (array.shape for arrays in content.weights for array in arrays)
-    return "arrays of " + ", ".join("×".join(map(str, shape)) for shape in shapes)
+    arrays = ", ".join("×".join(map(str, shape)) for shape in shapes)
+    return f"it has arrays of {arrays}" if arrays else "it has no layer with weights"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from mnist_flax.errors import UserError
 SUFFIXES = (".keras", ".weights.h5", ".h5")
 
 _SIGNATURES = (b"\x89HDF\r\n\x1a\n", b"PK\x03\x04")
-_MOST_SECONDS = 60
+_MOST_SECONDS, _MOST_CHARACTERS = 60, 800
 # Of the files that are written; Keras reads its own of any version.
 _KERAS_VERSION = "3.0.0"
 
@@ -65,17 +67,31 @@ def read(path: Path) -> Content:
             f"{path} is neither an HDF5 nor a .keras file: give what Keras's model.save or "
             "model.save_weights wrote"
         )
-    try:
+    with faults_said(path):
         return _content(_read_apart(path))
+
+
+@contextmanager
+def faults_said(path: Path) -> Iterator[None]:
+    """Turns whatever a file's content leads to into one sentence.
+
+    Raises:
+        UserError: of a `UserError` in the block, with the file's name; and of damage.
+    """
+    try:
+        yield
+        return
     except UserError as error:
-        raise UserError(f"{path} cannot be taken: {error}") from None
+        start, reason, end = "cannot be taken: ", str(error), ""
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = str(error).strip() or type(error).__name__
+        start, reason = "is damaged or was not written by Keras (", str(error) or repr(error)
+        end = "): save the model again"
     except RecursionError:
-        reason = "it nests too deeply"
-    raise UserError(
-        f"{path} is damaged or was not written by Keras ({reason[:200]}): save the model again"
-    )
+        start, reason = "is damaged or was not written by Keras (", "it nests too deeply"
+        end = "): save the model again"
+    # The file may have written it.
+    reason = "".join(c if c.isprintable() else "?" for c in reason)
+    raise UserError(f"{path} {start}{reason[:_MOST_CHARACTERS]}{end}")
 
 
 def write(path: Path, config: keras_layers.Config, layers: Layers) -> None:
@@ -89,21 +105,24 @@ def write(path: Path, config: keras_layers.Config, layers: Layers) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    # In memory first, as the HDF5 library crashes on a full disk.
+    memory = io.BytesIO()
+    if path.name.endswith(".keras"):
+        _write_keras(memory, config, layers)
+    else:
+        with h5py.File(memory, "w") as file:
+            if path.name.endswith(".weights.h5"):
+                _write_weights(file, layers)
+            else:
+                _write_legacy(file, config, layers)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        if path.name.endswith(".keras"):
-            _write_keras(temporary, config, layers)
-        else:
-            with h5py.File(temporary, "w") as file:
-                if path.name.endswith(".weights.h5"):
-                    _write_weights(file, layers)
-                else:
-                    _write_legacy(file, config, layers)
+        temporary.write_bytes(memory.getbuffer())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}): name another file") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another") from None
 
 
 def _read_apart(path: Path) -> dict[str, np.ndarray]:
@@ -112,7 +131,7 @@ def _read_apart(path: Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: it did not come to an end.
     """
-    command = [sys.executable, "-m", hdf5_reader.__name__, str(path)]
+    command = [sys.executable, "-P", hdf5_reader.__file__, str(path.absolute())]
     try:
         reader = subprocess.run(command, capture_output=True, timeout=_MOST_SECONDS)
     except subprocess.TimeoutExpired:
@@ -148,7 +167,7 @@ def _content(archive: dict[str, np.ndarray]) -> Content:
     return Content(network, [arrays for arrays in ordered if arrays], 0)
 
 
-def _write_keras(path: Path, config: keras_layers.Config, layers: Layers) -> None:
+def _write_keras(target: io.BytesIO, config: keras_layers.Config, layers: Layers) -> None:
     memory = io.BytesIO()
     with h5py.File(memory, "w") as file:
         _write_weights(file, layers)
@@ -156,7 +175,7 @@ def _write_keras(path: Path, config: keras_layers.Config, layers: Layers) -> Non
     inner = config["config"]
     inner = inner | {"layers": [layer | {"module": "keras.layers"} for layer in inner["layers"]]}
     config = config | {"module": "keras", "config": inner}
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(target, "w") as archive:
         archive.writestr("metadata.json", json.dumps({"keras_version": _KERAS_VERSION}))
         archive.writestr("config.json", json.dumps(config))
         archive.writestr("model.weights.h5", memory.getvalue())

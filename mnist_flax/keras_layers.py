@@ -25,7 +25,9 @@ _USUAL = {
     "groups": (1,),
     "data_format": ("channels_last", None),
     "axis": (-1, 3),
+    "noise_shape": (None,),
 }
+_MOST_PIXELS, _MOST_CHANNELS = 4096, 1024
 
 
 class Node(NamedTuple):
@@ -145,7 +147,7 @@ def describe(config: Config) -> Described:
     # The first Keras 2 wrote the layers of a Sequential model as a bare list.
     inner = {"layers": inner} if isinstance(inner, list) else inner
     layers = {layer["config"]["name"]: layer for layer in inner["layers"]}
-    if len(layers) != len(inner["layers"]) or len(layers) > _MOST_LAYERS:
+    if not 0 < len(layers) == len(inner["layers"]) <= _MOST_LAYERS:
         raise UserError(f"it holds a network of {len(inner['layers'])} layers, none of the seven")
     names = list(layers)
     if kind == "Sequential":
@@ -165,7 +167,9 @@ def describe(config: Config) -> Described:
         nonlocal shape
         if name not in result:
             taken = tuple(visit(i) for i in inputs[name]) or (-1,)
-            kind, options = layers[name]["class_name"], layers[name]["config"]
+            # Where a class is not Keras's own, its registered name tells.
+            kind = layers[name].get("registered_name") or layers[name]["class_name"]
+            options = layers[name]["config"]
             if taken == (-1,):
                 shape = options.get("batch_shape") or options.get("batch_input_shape") or shape
                 if kind == "Reshape":
@@ -179,11 +183,17 @@ def describe(config: Config) -> Described:
         return result[name]
 
     visit(last)
+    if not nodes:
+        raise UserError("it holds a network without layers")
     # Logits and probabilities come of the same weights.
     if re.fullmatch(r"Dense \d+", nodes[-1].text):
         nodes[-1] = Node(f"{nodes[-1].text} softmax", nodes[-1].inputs)
     image_shape = None
-    if shape is not None and len(shape) == 4 and all(type(n) is int and n > 0 for n in shape[1:]):
+    if shape is not None and len(shape) == 4:
+        most = (_MOST_PIXELS, _MOST_PIXELS, _MOST_CHANNELS)
+        for size, limit in zip(shape[1:], most, strict=True):
+            if type(size) is not int or not 0 < size <= limit:
+                raise UserError(f"its images are of the shape {shape[1:]}")
         image_shape = tuple(shape[1:])
     order = [(name, layer["class_name"]) for name, layer in layers.items()]
     return Described(nodes, node_names, image_shape, order)
@@ -292,16 +302,25 @@ def _inbound(calls: list) -> list[str]:
         return []
     if len(calls) > 1:
         raise UserError("it holds a network that uses one layer several times")
-    if not isinstance(calls[0], dict):
-        return [tensor[0] for tensor in calls[0]]
-    tensors = calls[0]["args"][0]
-    tensors = tensors if isinstance(tensors, list) else [tensors]
-    return [tensor["config"]["keras_history"][0] for tensor in tensors]
+    (call,) = calls
+    if isinstance(call, dict):
+        tensors, *others = call["args"]
+        tensors = tensors if isinstance(tensors, list) else [tensors]
+        options = [*others, *call.get("kwargs", {}).values()]
+        names = [tensor["config"]["keras_history"][0] for tensor in tensors]
+    else:
+        options = [value for tensor in call for value in dict(*tensor[3:]).values()]
+        names = [tensor[0] for tensor in call]
+    # Such as training=True, by which dropout acts in prediction too.
+    if any(option not in (None, False) for option in options):
+        raise UserError("it holds a network that calls a layer with further arguments")
+    return names
 
 
-def _output(outputs: list) -> str:
-    if isinstance(outputs[0], str):
-        return outputs[0]
-    if len(outputs) > 1:
-        raise UserError(f"it holds a network with {len(outputs)} outputs")
-    return outputs[0][0]
+def _output(outputs: Any) -> str:
+    if outputs and isinstance(outputs, list):
+        if isinstance(outputs[0], str):
+            return outputs[0]
+        if len(outputs) == 1:
+            return outputs[0][0]
+    raise UserError("it holds a network that has other than one output")

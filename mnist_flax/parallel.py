@@ -36,10 +36,11 @@ def mesh(config: ConfigDict) -> Mesh:
     Raises:
         UserError: there are fewer than `config.parallel`.
     """
-    _make_cores_devices(math.prod(_shape(config, environment.cores())))
+    cores = environment.cores()
+    _make_cores_devices(min(cores, math.prod(_shape(config, cores))))
     devices = jax.devices()
     on_cpu = devices[0].platform == "cpu"
-    shape = _shape(config, min(environment.cores(), len(devices)) if on_cpu else 1)
+    shape = _shape(config, min(cores, len(devices)) if on_cpu else 1)
     if (count := math.prod(shape)) > len(devices):
         raise UserError(
             f"parallel={count} asks for more devices than there are: {len(devices)} "

@@ -79,8 +79,7 @@ def create(run_dir: Path, config: ConfigDict) -> None:
         write_json(run_dir / "config.json", config.to_dict())
     except OSError as error:
         raise UserError(
-            f"the run folder {run_dir} cannot be written ({error.strerror}): "
-            "name another with --workdir"
+            f"the run folder {run_dir} cannot be written ({error.strerror}): name another"
         ) from None
 
 

@@ -154,6 +154,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         checkpoint.open_manager(rundir.checkpoints(run_dir)) as manager,
     ):
         position = Position()
+        check_finite = partial(_check_finite, config, manager)
         if restored := checkpoint.restore(manager, lambda record: state):
             state, record = restored
             position = Position(**record["position"])
@@ -170,19 +171,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             images = data.train.size * config.num_seeds
             with report.progress(position, config.epochs, images) as bar:
                 for state in pieces:  # noqa: B007 - it is used after the loop
-                    if not np.isfinite(position.loss_sum).all():
-                        raise _diverged(config, "the loss", position, manager.latest_step())
+                    check_finite("the loss", [position.loss_sum], position)
                     report.advance(bar, position)
                     if received:
                         break
             # The last update may have broken what the last loss does not show yet.
-            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
-                raise _diverged(config, "a parameter", position, manager.latest_step())
+            check_finite("a parameter", jax.tree.leaves(state.params), position)
             watch_accuracy = None
             if np.sum(position.count) == images:
                 row = _epoch_row(config, programs, state, position)
-                if data.watch is not None and not math.isfinite(row["watch_loss"]):
-                    raise _diverged(config, "the watched loss", position, manager.latest_step())
+                if data.watch is not None:
+                    losses = [each["watch_loss"] for each in row.get("seeds", [row])]
+                    check_finite("the watched loss", [losses], position)
                 rundir.append_metrics(run_dir, row)
                 report.epoch(row, config)
                 watch_accuracy = row["watch_accuracy"] if keep_best else None
@@ -403,10 +403,26 @@ def _over_seeds(config: ConfigDict, scores: dict[str, Any]) -> dict[str, Any]:
     return means | {"seeds": each}
 
 
-def _diverged(config: ConfigDict, what: str, position: Position, saved: int | None) -> UserError:
-    kept = f"the checkpoint of step {saved:,} is kept" if saved else "there is no checkpoint yet"
-    seed = "" if config.num_seeds == 1 else " of a seed"
-    return UserError(
-        f"training diverged in epoch {position.epoch + 1}: {what}{seed} became NaN or infinite "
-        f"({kept}); try a lower learning_rate than {config.learning_rate:g} in a new run folder"
-    )
+def _check_finite(
+    config: ConfigDict,
+    manager: Any,
+    what: str,
+    arrays: list[Any],
+    position: Position,
+) -> None:
+    """Raises UserError if a number is NaN or infinite; of several seeds it says which."""
+    for array in arrays:
+        finite = np.isfinite(array)
+        if finite.all():
+            continue
+        if config.num_seeds > 1:
+            by_seed = finite.reshape(config.num_seeds, -1).all(axis=1)
+            what += f" of seed {seeds_of(config)[int(by_seed.argmin())]}"
+        saved = manager.latest_step()
+        kept = (
+            f"the checkpoint of step {saved:,} is kept" if saved else "there is no checkpoint yet"
+        )
+        raise UserError(
+            f"training diverged in epoch {position.epoch + 1}: {what} became NaN or infinite "
+            f"({kept}); try a lower learning_rate than {config.learning_rate:g} in a new run folder"
+        )

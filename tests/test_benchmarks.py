@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -137,34 +136,33 @@ def test_the_table_of_accuracies():
     )
     assert "convnet" not in text
     assert "cpu (2 cores); jax 1, keras 3.\n" in text
+    text = reproduce.table({"convnet": [run(0.98, "keras")]})
+    assert "| `convnet` | 99.22 % | – | – | – | 0 | 98.00 % (1) | –, 1.5 |\n" in text
 
 
-def test_seeds_are_trained_in_groups_and_collected_one_by_one(tmp_path, monkeypatch):
-    commands = []
+def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
+    trained = []
 
-    def finished(command, check, cwd):
-        commands.append(command[3:6])
-        folder = Path(command[-1].removeprefix("--workdir="))
+    def finish(recipe, first, count, runs):
+        trained.append((recipe, first, count))
+        folder = runs / f"{recipe}-seeds{first}-{first + count - 1}"
         folder.mkdir(parents=True)
         facts = {"device": "cpu (2 cores)", "versions": {"jax": "1"}, "wall_seconds": 120}
-        seeds = [{"seed": n, "test_loss": 0.1, "test_accuracy": 0.99 + n / 1000} for n in (0, 1)]
-        own = {"seeds": seeds} if len(commands) == 1 else seeds[0] | {"seed": 2}
+        seeds = [
+            {"seed": seed, "test_loss": 0.1, "test_accuracy": 0.99 + seed / 1000}
+            for seed in range(first, first + count)
+        ]
+        own = {"seeds": seeds} if count > 1 else seeds[0]
         (folder / "summary.json").write_text(json.dumps(facts | own))
 
-    monkeypatch.setattr(reproduce.subprocess, "run", finished)
-    reproduce.main(
-        ["--recipes", "larger", "--seeds=3", "--together=2"]
-        + [f"--runs={tmp_path / 'runs'}", f"--results={tmp_path}"]
-    )
-    assert [command[1:] for command in commands] == [
-        ["--config.seed=0", "--config.num_seeds=2"],
-        ["--config.seed=2", "--config.num_seeds=1"],
-    ]
+    monkeypatch.setattr(reproduce, "train", finish)
+    flags = ["--recipes", "larger", "--together=2", f"--runs={tmp_path / 'runs'}"]
+    flags += [f"--results={tmp_path}"]
+    reproduce.main([*flags, "--seeds=3"])
+    assert trained == [("larger", 0, 2), ("larger", 2, 1)]
+    reproduce.main([*flags, "--seeds=6"])
+    assert trained[2:] == [("larger", 3, 2), ("larger", 5, 1)]
     found = json.loads((tmp_path / "reproduce_cpu.json").read_text())["larger"]
-    assert [(run["seed"], run["test_accuracy"]) for run in found] == [
-        (0, 0.99),
-        (1, 0.991),
-        (2, 0.99),
-    ]
-    assert [run["minutes"] for run in found] == [1.0, 1.0, 2.0]
-    assert "99.03 ± 0.06 % | 99.00 | 99.10 | 3 |" in (tmp_path / "reproduce_cpu.md").read_text()
+    assert [run["seed"] for run in found] == list(range(6))
+    assert [run["minutes"] for run in found] == [1, 1, 2, 1, 1, 2]
+    assert "99.25 ± 0.19 % | 99.00 | 99.50 | 6 |" in (tmp_path / "reproduce_cpu.md").read_text()

@@ -237,8 +237,9 @@ def test_a_network_is_not_scored_on_images_of_another_shape(tmp_path):
 
 def taken(path, name=None):
     content = keras_files.read(path)
-    found, model, image_shape = import_keras.recognise(content, name)
-    import_keras.params_of(content, model, image_shape)
+    with keras_files.faults_said(path):
+        found, model, image_shape = import_keras.recognise(content, name)
+        import_keras.params_of(content, model, image_shape)
     return found
 
 
@@ -276,6 +277,7 @@ def layer(config, name):
             "BatchNormalization",
         ),
         (lambda c: layer(c, "dense").update(use_bias=False), "Dense 128 use_bias=False relu"),
+        (lambda c: c[5].update(class_name="\x1b[2JDropout"), "?[2JDropout"),
     ],
 )
 def test_another_network_is_named(change, found, tmp_path):
@@ -290,12 +292,60 @@ def test_a_network_can_be_named(tmp_path):
     with pytest.raises(UserError, match="is larger, but for its dropout: say which with --model"):
         taken(path)
     assert taken(path, "larger") == "larger"
-    with pytest.raises(
-        UserError, match="its network is not convnet, but larger: it has Conv2D 30 5×5"
-    ):
+    same_for_all = changed_config(tmp_path, lambda c: layer(c, "dropout").update(noise_shape=[1]))
+    with pytest.raises(UserError, match="is larger, but for its dropout"):
+        taken(same_for_all)
+    with pytest.raises(UserError, match="its network is not convnet but larger: it has Conv2D"):
         taken(path, "convnet")
     with pytest.raises(UserError, match="did you mean 'larger'"):
         import_keras.import_file(path, tmp_path / "run", "lager")
+
+
+def changed_archive(tmp_path, change):
+    """A `.keras` file with another configuration."""
+    with zipfile.ZipFile(FOLDER / FILES[2]) as source:
+        config = json.loads(source.read("config.json"))
+    change(config["config"]["layers"])
+    return archive(tmp_path / "changed.keras", **{"config.json": json.dumps(config)})
+
+
+def test_a_class_of_ones_own_is_not_taken_for_keras_s(tmp_path):
+    def change(layers):
+        layers[-1]["registered_name"] = "Mine>Dense"
+
+    with pytest.raises(UserError, match="Dense 50 relu, Mine>Dense"):
+        taken(changed_archive(tmp_path, change))
+
+
+def test_a_layer_called_with_arguments_is_refused():
+    config = json.loads((FOLDER / "branched_keras3.json").read_text())
+    call = config["config"]["layers"][2]["inbound_nodes"][0]
+    call["kwargs"] = {"training": None}
+    keras_layers.describe(config)
+    call["kwargs"] = {"training": True}
+    with pytest.raises(UserError, match="calls a layer with further arguments"):
+        keras_layers.describe(config)
+    config = json.loads((FOLDER / "branched_keras2.json").read_text())
+    config["config"]["layers"][2]["inbound_nodes"][0][0][3] = {"training": True}
+    with pytest.raises(UserError, match="calls a layer with further arguments"):
+        keras_layers.describe(config)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "28", 5000, 10**30])
+def test_images_of_no_size_are_refused(size, tmp_path):
+    def change(layers):
+        layers[0]["config"]["batch_shape"] = [None, 12, size, 1]
+
+    with pytest.raises(UserError, match="its images are of the shape"):
+        taken(changed_archive(tmp_path, change))
+
+
+def test_weights_that_are_not_those_of_the_images_are_refused(tmp_path):
+    def change(layers):
+        layers[0]["config"]["batch_shape"] = [None, 4000, 4000, 1]
+
+    with pytest.raises(UserError, match="the kernel of Dense_0 has the shape"):
+        taken(changed_archive(tmp_path, change))
 
 
 def test_logits_are_as_good_as_probabilities(tmp_path):
@@ -380,8 +430,7 @@ def test_damage_is_said(file, tmp_path):
 )
 def test_a_reader_that_fails_is_said(code, message, tmp_path, monkeypatch):
     (tmp_path / "failing.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(keras_files.hdf5_reader, "__name__", "failing")
+    monkeypatch.setattr(keras_files.hdf5_reader, "__file__", str(tmp_path / "failing.py"))
     monkeypatch.setattr(keras_files, "_MOST_SECONDS", 1 if "while" in code else 60)
     with pytest.raises(UserError) as error:
         keras_files.read(FOLDER / FILES[0])
@@ -424,6 +473,8 @@ def virtual(parent, kernel):
         (lambda p, k: p.create_dataset("kernel:0", (2**40,), "f4", chunks=(8,)), "has the shape"),
         (lambda p, k: p.create_dataset("kernel:0", data=k.astype(int)), "not those of its layers"),
         (lambda p, k: p.create_dataset("kernel:0", data=k.astype("f8")), "is float64 instead"),
+        (lambda p, k: p.create_dataset("kernel:0", data=k[0, 0, 0]), "has the shape"),
+        (lambda p, k: p.create_dataset("kernel:0", (0, 0, 0, 0), "f4"), "has the shape"),
     ],
 )
 def test_a_hostile_array_is_not_read(make, message, tmp_path):
@@ -450,7 +501,8 @@ def archive(path, **members):
         ({"config.json": "{"}, "is damaged"),
         ({"config.json": "[" * 100_000}, "is damaged"),
         ({"config.json": '{"class_name": "Lambda", "config": {}}'}, "holds a Lambda"),
-        ({"config.json": b" " * (2**24 + 1)}, "unpacks to 16,777,217 bytes"),
+        ({"config.json": b" " * (2**20 + 1)}, "unpacks to 1,048,577 bytes"),
+        ({"config.json": b'{"class_name": "Sequential", "config": []}'}, "network of 0 layers"),
     ],
 )
 def test_a_hostile_archive_is_refused(members, message, tmp_path):
@@ -476,12 +528,29 @@ def test_a_file_that_cannot_be_written_is_said(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+def full_disk(*args, **kwargs):
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(keras_files, "_write_weights", full)
-    for suffix in (".keras", ".weights.h5"):
-        with pytest.raises(UserError, match="No space left"):
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(keras_files.os, "replace", full_disk)
+    for suffix in keras_files.SUFFIXES:
+        with pytest.raises(UserError, match="cannot be written .No space left on device"):
             export_keras.export_file(loaded("larger"), tmp_path / f"model{suffix}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_import_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(import_keras.checkpoint, "save", full_disk)
+    with pytest.raises(UserError, match="run cannot be written .*No space left"):
+        import_keras.import_file(FOLDER / FILES[0], tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_that_cannot_be_are_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x.keras", tmp_path / ("x" * 300 + ".keras")):
+        with pytest.raises(UserError, match="cannot be written"):
+            export_keras.export_file(loaded("larger"), path)
+        with pytest.raises(UserError, match="cannot be (used|written)"):
+            import_keras.import_file(FOLDER / FILES[0], path)

@@ -67,3 +67,7 @@ def test_cores_are_devices_where_the_batch_is_large_enough():
     assert devices_of_a_new_process(batch_size=16 * cores + 15) == [cores, cores]
     assert devices_of_a_new_process(batch_size=31) == [1, 1]
     assert devices_of_a_new_process(batch_size=500, parallel=1) == [1, 1]
+    assert devices_of_a_new_process(batch_size=8, num_seeds=cores) == [cores, cores]
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        devices_of_a_new_process(parallel=10 * cores)
+    assert f"asks for more devices than there are: {cores}" in error.value.stderr
