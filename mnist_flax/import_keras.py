@@ -138,7 +138,7 @@ def recognise(content: Content, name: str | None) -> tuple[str, nn.Module, tuple
     arrays = [array for layer in content.weights for array in layer]
     if not arrays or (not content.network and len(arrays[0].shape) != 4):
         raise UserError(f"its network is none of {', '.join(models.names())}: {_found(content)}")
-    num_classes = max(1, *arrays[-1].shape[-1:])
+    num_classes = max((1, *arrays[-1].shape[-1:]))
     candidates = {n: models.create(n, num_classes=num_classes) for n in models.names()}
     alike = [n for n, model in candidates.items() if _fits(content, model, any_dropout=True)]
     if name in alike:
