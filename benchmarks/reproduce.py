@@ -104,8 +104,8 @@ def collect(runs: Path, recipe: str) -> Iterator[dict[str, Any]]:
                 "seed": each["seed"],
                 "test_accuracy": each["test_accuracy"],
                 "test_loss": each["test_loss"],
-                # Of all seeds that were trained at once.
-                "minutes": round(summary["wall_seconds"] / 60 / len(seeds), 2),
+                # Of all seeds that were trained at once; none where other work went on beside.
+                "minutes": (wall := summary.get("wall_seconds")) and wall / 60 / len(seeds),
                 "device": summary["device"],
                 "versions": summary["versions"],
             }
@@ -125,17 +125,15 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         if not runs:
             continue
         tutorial = RECIPES[recipe].tutorial
+        printed = f"{tutorial:.2f} %" if tutorial else "not printed"
         accuracies = [100 * run["test_accuracy"] for run in ours]
         own = "– | – | – | 0"
         if ours:
             own = f"{_mean(ours)} | {min(accuracies):.2f} | {max(accuracies):.2f} | {len(ours)}"
-        minutes = [
-            f"{statistics.mean(run['minutes'] for run in by):.1f}" if by else "–"
-            for by in (ours, keras)
-        ]
-        printed = f"{tutorial:.2f} %" if tutorial else "not printed"
         theirs = f"{_mean(keras)} ({len(keras)})" if keras else "–"
-        lines.append(f"| `{recipe}` | {printed} | {own} | {theirs} | {', '.join(minutes)} |")
+        lines.append(
+            f"| `{recipe}` | {printed} | {own} | {theirs} | {_minutes(ours)}, {_minutes(keras)} |"
+        )
         for run in runs:
             versions |= run["versions"]
             device = run["device"]
@@ -150,6 +148,11 @@ def _mean(runs: list[dict[str, Any]]) -> str:
     accuracies = [100 * run["test_accuracy"] for run in runs]
     deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
     return f"{statistics.mean(accuracies):.2f}{deviation} %"
+
+
+def _minutes(runs: list[dict[str, Any]]) -> str:
+    measured = [run["minutes"] for run in runs if run["minutes"]]
+    return f"{statistics.mean(measured):.1f}" if measured else "–"
 
 
 if __name__ == "__main__":
