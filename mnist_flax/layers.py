@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from mnist_flax import cpu_conv, tiles
+from mnist_flax import cpu_conv, random_bits, tiles
 from mnist_flax.errors import UserError
 
 
@@ -76,7 +76,7 @@ class Dropout(nn.Module):
         if not train:
             return x
         dropped = round(self.rate * 2**16)
-        pairs = jax.random.bits(self.make_rng("dropout"), (-(-x.size // 2),))
+        pairs = random_bits.bits(self.make_rng("dropout"), -(-x.size // 2))
         bits = jnp.concatenate([pairs & 0xFFFF, pairs >> 16])[: x.size].reshape(x.shape)
         return jnp.where(bits >= dropped, x * (2**16 / (2**16 - dropped)), 0)
 

@@ -99,11 +99,16 @@ def train_step(
     the update and the metrics are then those of the whole batch, on every device. Dropout uses
     `fold_in(state.key, state.step)`, folded again with the device's index on that axis.
     """
+    count = _sum_over(axis_name, batch.mask.sum())
+    state, metrics = _update(state, batch, count, model=model, tx=tx, axis_name=axis_name)
+    return state, _sum_over(axis_name, metrics)
+
+
+def _update(state, batch, count, *, model, tx, axis_name):
+    """`train_step` with the whole batch's count given, and metrics of the device's own share."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     if axis_name is not None:
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
-
-    count = _sum_over(axis_name, batch.mask.sum())
 
     def loss_of(params):
         logits, updated = model.apply(
@@ -116,11 +121,9 @@ def train_step(
         metrics = measure(logits, batch)
         return metrics.loss_sum / count, (metrics, updated.get("batch_stats", {}))
 
-    params = state.params
-    if axis_name is not None:
-        # Differentiated as the device's own; by parameters that all devices share, `shard_map`
-        # would sum the gradient itself, and it would be summed twice.
-        params = lax.pcast(params, axis_name, to="varying")
+    # By parameters that all devices share `shard_map` would sum the gradient itself, and it would
+    # be summed twice.
+    params = _as_own(axis_name, state.params)
     grads, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
     grads = _sum_over(axis_name, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -129,7 +132,7 @@ def train_step(
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
         batch_stats=batch_stats,
-    ), _sum_over(axis_name, metrics)
+    ), metrics
 
 
 def eval_step(
@@ -155,15 +158,19 @@ def train_epoch(
     The data set stays on the device as uint8; only indices are new. An epoch may be given in
     pieces: the states are the same.
     """
+    # Devices wait for each other at every sum: in a step only the gradients' is left.
+    counts = _sum_over(axis_name, (batches >= 0).sum(axis=1).astype(jnp.float32))
 
-    def step(carry, indices):
+    def step(carry, row):
         state, total = carry
+        indices, count = row
         batch = gather(images, labels, indices)
-        state, metrics = train_step(state, batch, model=model, tx=tx, axis_name=axis_name)
+        state, metrics = _update(state, batch, count, model=model, tx=tx, axis_name=axis_name)
         return (state, total + metrics), None
 
-    (state, total), _ = lax.scan(step, (state, Metrics.zero()), batches)
-    return state, total
+    start = (state, _as_own(axis_name, Metrics.zero()))
+    (state, total), _ = lax.scan(step, start, (batches, counts))
+    return state, _sum_over(axis_name, total)
 
 
 def eval_epoch(
@@ -179,11 +186,16 @@ def eval_epoch(
 
     def step(total, indices):
         batch = gather(images, labels, indices)
-        return total + eval_step(variables, batch, model=model, axis_name=axis_name), None
+        return total + eval_step(variables, batch, model=model), None
 
-    total, _ = lax.scan(step, Metrics.zero(), batches)
-    return total
+    total, _ = lax.scan(step, _as_own(axis_name, Metrics.zero()), batches)
+    return _sum_over(axis_name, total)
 
 
 def _sum_over(axis_name: str | None, tree: Any) -> Any:
     return tree if axis_name is None else lax.psum(tree, axis_name)
+
+
+def _as_own(axis_name: str | None, tree: Any) -> Any:
+    """What all devices share as each one's own, which may come to differ."""
+    return tree if axis_name is None else lax.pcast(tree, axis_name, to="varying")
