@@ -2,8 +2,8 @@
 
 | convolution | form | products |
 |---|---|---|
-| 3×3 to 5×5, 32 channels and features or more, float32 | `winograd.conv` | 4/25 to 4/9 |
-| other, pooled | `_tiled_conv_pool`, 2×2 outputs at a time | up to 16/9, but deep and wide |
+| 3×3 to 5×5, 32 channels and features or more, float32 | `winograd.conv_relu` | 4/25 to 4/9 |
+| other, pooled | `_tiled_conv_relu_pool`, 2×2 outputs at a time | up to 16/9, but deep and wide |
 | other, KW·C < 32 | `_forward_full`: patches of KH·KW·C | all |
 | other | `_forward_rows`: patches of KW·C, a kernel row at a time | all |
 
@@ -23,19 +23,20 @@ _BLOCK_BYTES = 2**20
 _LANES = 16
 
 
-def conv(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
-    """As `layers.conv`."""
+def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
+    """As `layers.conv_relu`."""
     x = _pad(x, kernel, padding)
-    return winograd.conv(x, kernel, False) if winograd.suits(x, kernel) else _valid_conv(x, kernel)
-
-
-def conv_pool(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
-    """As `layers.conv_pool`."""
-    x, features = _pad(x, kernel, padding), kernel.shape[3]
     if winograd.suits(x, kernel):
-        return winograd.conv(x, kernel, True)
-    kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, -features % _LANES)))
-    return _tiled_conv_pool(x, kernel)[..., :features]
+        return winograd.conv_relu(x, kernel, bias, False)
+    return _patched_conv_relu(x, kernel, bias)
+
+
+def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
+    """As `layers.conv_relu_pool`."""
+    x = _pad(x, kernel, padding)
+    if winograd.suits(x, kernel):
+        return winograd.conv_relu(x, kernel, bias, True)
+    return _tiled_conv_relu_pool(x, kernel, bias)
 
 
 def _pad(x, kernel, padding):
@@ -45,83 +46,101 @@ def _pad(x, kernel, padding):
 
 
 @jax.custom_vjp
-def _valid_conv(x, kernel):
-    """'Valid' convolution by patches; the input's gradient is a second one."""
+def _patched_conv_relu(x, kernel, bias):
+    """ReLU of a 'valid' convolution by patches; the input's gradient is another convolution."""
+    return _patched_conv_relu_fwd(x, kernel, bias)[0]
+
+
+def _patched_conv_relu_fwd(x, kernel, bias):
     forward, _, split = _plan(x, kernel)
-    blocks = lax.map(lambda block: forward(block, kernel), split(x))
-    return tiles.join(blocks, len(x))
+
+    def finished(block):
+        y = jax.nn.relu(forward(block, kernel) + bias)
+        return y, y > 0
+
+    y, positive = (tiles.join(blocks, len(x)) for blocks in lax.map(finished, split(x)))
+    return y, (x, kernel, bias, positive)
 
 
-def _valid_conv_fwd(x, kernel):
-    return _valid_conv(x, kernel), (x, kernel)
-
-
-def _valid_conv_bwd(residuals, g):
-    x, kernel = residuals
+def _patched_conv_relu_bwd(residuals, g):
+    x, kernel, bias, positive = residuals
     kh, kw = kernel.shape[:2]
-    full = jnp.pad(g, ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0)))
-    dx = _valid_conv(full, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+
+    full = jnp.pad(jnp.where(positive, g, 0), ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0)))
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    forward, _, split = _plan(full, flipped)
+    dx = tiles.join(lax.map(lambda block: forward(block, flipped), split(full)), len(x))
 
     _, kernel_gradient, split = _plan(x, kernel)
 
-    def add(total, block):
-        return total + kernel_gradient(*block, kernel.shape), None
+    def add(totals, block):
+        x, positive, g = block
+        # Once more, so that a first layer, which needs no dx, never keeps the whole.
+        g = jnp.where(positive, g, 0)
+        dkernel, dbias = totals
+        dbias += g.sum((0, 1, 2), dtype=dbias.dtype)
+        return (dkernel + kernel_gradient(x, g, kernel.shape), dbias), None
 
-    dkernel, _ = lax.scan(add, tiles.zero(kernel), (split(x), split(g)))
-    return dx, dkernel.astype(kernel.dtype)
+    start = (tiles.zero(kernel), tiles.zero(bias))
+    (dkernel, dbias), _ = lax.scan(add, start, (split(x), split(positive), split(g)))
+    return dx, dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
 
 
-_valid_conv.defvjp(_valid_conv_fwd, _valid_conv_bwd)
+_patched_conv_relu.defvjp(_patched_conv_relu_fwd, _patched_conv_relu_bwd)
 
 
 @jax.custom_vjp
-def _tiled_conv_pool(x, kernel):
-    """2×2 max-pool of a 'valid' convolution, a pool's four outputs as one row of a product.
+def _tiled_conv_relu_pool(x, kernel, bias):
+    """2×2 max-pool and ReLU of a 'valid' convolution, a pool's four outputs as one row.
 
     The tile of the input that a pool sees, (KH + 1)×(KW + 1), meets the kernel in its four
     places. Compared with patches that is up to 16/9 of the arithmetic for a 3×3 kernel, but
     4/9 of the memory, deeper and wider products, and a pool over neighbouring vectors.
     """
-    return _tiled_conv_pool_fwd(x, kernel)[0]
+    return _tiled_conv_relu_pool_fwd(x, kernel, bias)[0]
 
 
-def _tiled_conv_pool_fwd(x, kernel):
+def _tiled_conv_relu_pool_fwd(x, kernel, bias):
     kh, kw = kernel.shape[:2]
     split = _tile_split(x, kernel)
     matrix = _tile_kernel(kernel)
+
+    filled_bias = _fill_lanes(bias)
 
     def forward(block):
         patches, shape = _tile_patches(block, kh, kw)
         y = tiles.dot(patches, matrix).astype(x.dtype)
-        pooled, first = tiles.first_of_largest(*jnp.split(y, 4, axis=1))
-        return pooled.reshape(*shape, -1), first.reshape(*shape, -1)
+        y, choice = tiles.relu_pool(*jnp.split(y, 4, axis=1), filled_bias)
+        return y.reshape(*shape, -1), choice.reshape(*shape, -1)
 
-    pooled, first = (tiles.join(blocks, len(x)) for blocks in lax.map(forward, split(x)))
-    return pooled, (x, kernel, first)
+    y, choice = (tiles.join(blocks, len(x)) for blocks in lax.map(forward, split(x)))
+    return y[..., : len(bias)], (x, kernel, choice)
 
 
-def _tiled_conv_pool_bwd(residuals, g):
-    x, kernel, first = residuals
+def _tiled_conv_relu_pool_bwd(residuals, g):
+    x, kernel, choice = residuals
     kh, kw = kernel.shape[:2]
     split = _tile_split(x, kernel)
     matrix = _tile_kernel(kernel)
+    dbias = jnp.where(choice[..., : g.shape[3]] < 4, g, 0).sum((0, 1, 2))
 
     def backward(total, block):
-        x, first, g = block
+        x, choice, g = block
         patches, shape = _tile_patches(x, kh, kw)
         # Concatenated, as XLA does not vectorise one comparison with a reshaped axis of four.
-        dy = jnp.concatenate([jnp.where(first == i, g, 0) for i in range(4)], axis=-1)
+        dy = jnp.concatenate([jnp.where(choice == i, g, 0) for i in range(4)], axis=-1)
         dy = dy.reshape(len(patches), -1)
         dtiles = tiles.dot(dy, matrix.T).reshape(*shape, kh + 1, kw + 1, -1)
         dx = tiles.add(dtiles, 2, *x.shape[1:3])
         return total + tiles.dot(patches.T, dy), dx.astype(x.dtype)
 
-    dmatrix, dx = lax.scan(backward, tiles.zero(matrix), (split(x), split(first), split(g)))
+    blocks = (split(x), split(choice), split(_fill_lanes(g)))
+    dmatrix, dx = lax.scan(backward, tiles.zero(matrix), blocks)
     (dkernel,) = jax.linear_transpose(_tile_kernel, kernel)(dmatrix.astype(kernel.dtype))
-    return tiles.join(dx, len(x)), dkernel
+    return tiles.join(dx, len(x)), dkernel, dbias
 
 
-_tiled_conv_pool.defvjp(_tiled_conv_pool_fwd, _tiled_conv_pool_bwd)
+_tiled_conv_relu_pool.defvjp(_tiled_conv_relu_pool_fwd, _tiled_conv_relu_pool_bwd)
 
 
 def _tile_patches(x, kh, kw):
@@ -135,16 +154,26 @@ def _tile_patches(x, kh, kw):
 
 
 def _tile_kernel(kernel):
-    """The kernel in its four places in a tile: [KH, KW, C, F] to [(KH + 1)·(KW + 1)·C, 4·F]."""
+    """The kernel in its four places in a tile: [KH, KW, C, F] to [(KH + 1)·(KW + 1)·C, 4·F'].
+
+    F' is F filled up to whole vectors.
+    """
+    kernel = _fill_lanes(kernel)
     places = [
         jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in (0, 1) for j in (0, 1)
     ]
     return jnp.stack(places, axis=3).reshape(-1, 4 * kernel.shape[3])
 
 
+def _fill_lanes(x):
+    """The last axis filled up with zeros to whole vectors."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _LANES)])
+
+
 def _tile_split(x, kernel):
     _, h, w, c = x.shape
     kh, kw, _, features = kernel.shape
+    features = -(-features // _LANES) * _LANES
     numbers = (kh + 1) * (kw + 1) * c + 4 * features
     count = (h - kh + 1) // 2 * ((w - kw + 1) // 2)
     return tiles.splitter(len(x), count * numbers * x.dtype.itemsize, _BLOCK_BYTES)

@@ -19,14 +19,10 @@ from mnist_flax.errors import UserError
 
 
 class Conv(nn.Module):
-    """2-D convolution with stride 1, optionally max-pooled.
+    """2-D convolution with stride 1, bias and ReLU, optionally max-pooled.
 
     Parameters are named and shaped as `flax.linen.Conv`'s: `kernel` [KH, KW, C, features] and
     `bias` [features]. They start as Keras's do: Glorot-uniform kernel, zero bias.
-
-    With `pool`, the result is `max_pool(conv(x) + bias)`. The bias is added after the pool,
-    which gives the same values, because adding a constant keeps the order of the numbers, and
-    leaves a quarter of the work to the bias and its gradient.
 
     Attributes:
         features: number of output channels.
@@ -49,7 +45,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.glorot_uniform(), kernel_shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return (conv_pool if self.pool else conv)(x, kernel, self.padding) + bias
+        return (conv_relu_pool if self.pool else conv_relu)(x, kernel, bias, self.padding)
 
 
 class MaxPool(nn.Module):
@@ -116,22 +112,36 @@ def conv_output_size(
     return out
 
 
-def conv(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
-    """Stride-1 convolution (cross-correlation) of x [B, H, W, C] with kernel [KH, KW, C, F].
+def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
+    """ReLU of a stride-1 convolution (cross-correlation) and bias.
 
-    The result has the operands' dtype; sums are kept in float32 at least.
+    Args:
+        x: [B, H, W, C].
+        kernel: [KH, KW, C, F].
+        bias: [F].
+        padding: "VALID" or "SAME".
+
+    Returns:
+        [B, OH, OW, F] of the operands' dtype; sums are kept in float32 at least.
+
+    Raises:
+        UserError: the kernel does not fit into the image.
     """
     conv_output_size(x.shape[1:3], kernel.shape[:2], padding)
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=partial(cpu_conv.conv, padding=padding),
-        default=partial(_conv_as_xla, padding=padding),
+        bias,
+        cpu=partial(cpu_conv.conv_relu, padding=padding),
+        default=partial(_xla_conv_relu, padding=padding),
     )
 
 
-def conv_pool(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
-    """`max_pool(conv(x, kernel, padding))`, whose larger output is never kept on CPU.
+def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
+    """`max_pool(conv_relu(x, kernel, bias, padding))`, without the larger array on CPU.
+
+    Bias and ReLU come after the pool: both keep the order of the numbers, so that the values and
+    gradients are the same, for a quarter of the work.
 
     Raises:
         UserError: the kernel does not fit into the image, or the pool into the output.
@@ -140,12 +150,21 @@ def conv_pool(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=partial(cpu_conv.conv_pool, padding=padding),
-        default=lambda x, kernel: max_pool(_conv_as_xla(x, kernel, padding=padding)),
+        bias,
+        cpu=partial(cpu_conv.conv_relu_pool, padding=padding),
+        default=partial(_xla_conv_relu_pool, padding=padding),
     )
 
 
-def _conv_as_xla(x, kernel, *, padding):
+def _xla_conv_relu(x, kernel, bias, *, padding):
+    return nn.relu(_xla_conv(x, kernel, padding) + bias)
+
+
+def _xla_conv_relu_pool(x, kernel, bias, *, padding):
+    return nn.relu(max_pool(_xla_conv(x, kernel, padding)) + bias)
+
+
+def _xla_conv(x, kernel, padding):
     return lax.conv_general_dilated(
         x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )

@@ -44,8 +44,7 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         for features, kernel, pool in self.convs:
-            # ReLU after the pool: the same values as before it, on a quarter of the numbers.
-            x = nn.relu(Conv(features, (kernel, kernel), pool=pool, dtype=self.dtype)(x))
+            x = Conv(features, (kernel, kernel), pool=pool, dtype=self.dtype)(x)
         if self.conv_dropout:
             x = Dropout(self.conv_dropout)(x, train)
         x = Flatten()(x)
@@ -70,13 +69,12 @@ class Branched(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         same_conv = partial(Conv, kernel_size=(3, 3), padding="SAME", dtype=self.dtype)
-        trunk = nn.relu(same_conv(32, pool=True)(x))
+        trunk = same_conv(32, pool=True)(x)
         branches = []
         for _ in range(2):
-            x = nn.relu(same_conv(64, pool=True)(trunk))
+            x = same_conv(64, pool=True)(trunk)
             branches.append(same_conv(256)(x))
-        x = nn.relu(MaxPool()(Concatenate()(branches)))
-        x = Flatten()(x)
+        x = Flatten()(MaxPool()(Concatenate()(branches)))
         for features in (1000, 500):
             x = nn.relu(Dense(features, dtype=self.dtype)(x))
         return _at_least_float32(Dense(self.num_classes, dtype=self.dtype)(x))

@@ -100,3 +100,12 @@ def first_of_largest(
     top, bottom = jnp.maximum(a, b), jnp.maximum(c, d)
     first = jnp.where(top >= bottom, jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3))
     return jnp.maximum(top, bottom), first.astype(jnp.uint8)
+
+
+def relu_pool(
+    a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """ReLU of the largest of four and bias; as uint8 which gets the gradient, 4 for none."""
+    largest, first = first_of_largest(a, b, c, d)
+    y = largest + bias
+    return jax.nn.relu(y), jnp.where(y > 0, first, jnp.uint8(4))

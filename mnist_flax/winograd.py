@@ -22,20 +22,20 @@ _BLOCK_BYTES = 2 * 2**20
 
 
 def suits(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `conv` can make this convolution, and faster than other forms."""
+    """Whether `conv_relu` can make this convolution, and faster than other forms."""
     # In bfloat16 the transforms lose too much; narrow layers have too few products to save.
     *size, c, features = kernel.shape
     wide = min(c, features) >= 32
     return x.dtype == jnp.float32 and wide and min(size) >= 3 and max(size) <= 5
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def conv(x: jax.Array, kernel: jax.Array, pool: bool) -> jax.Array:
-    """'Valid' convolution of float32 x [B, H, W, C], 2×2 max-pooled with `pool`."""
-    return _conv_fwd(x, kernel, pool)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool: bool) -> jax.Array:
+    """ReLU of a 'valid' convolution of float32 x [B, H, W, C], 2×2 max-pooled with `pool`."""
+    return _conv_relu_fwd(x, kernel, bias, pool)[0]
 
 
-def _conv_fwd(x, kernel, pool):
+def _conv_relu_fwd(x, kernel, bias, pool):
     plan = _plan(x, kernel, pool)
     weights = _transformed_kernel(kernel, plan)
 
@@ -44,40 +44,49 @@ def _conv_fwd(x, kernel, pool):
         y = tiles.dot(plan.output, products.reshape(len(products), -1))
         y = y.reshape(plan.m // 2, 2, plan.m // 2, 2, -1, kernel.shape[3])
         if not pool:
-            return _from_output_tiles(y.reshape(plan.m, plan.m, *y.shape[4:]), plan), None
-        pooled, first = tiles.first_of_largest(*(y[:, i, :, j] for i in (0, 1) for j in (0, 1)))
-        return _from_output_tiles(pooled, plan), first
+            y = _from_output_tiles(y.reshape(plan.m, plan.m, *y.shape[4:]), plan)
+            y = jax.nn.relu(y + bias)
+            return y, y > 0
+        pooled, choice = tiles.relu_pool(*(y[:, i, :, j] for i in (0, 1) for j in (0, 1)), bias)
+        return _from_output_tiles(pooled, plan), choice
 
-    blocks, first = lax.map(forward, plan.split(x))
-    return tiles.join(blocks, len(x)), (x, kernel, first)
+    blocks, choice = lax.map(forward, plan.split(x))
+    return tiles.join(blocks, len(x)), (x, kernel, bias, choice)
 
 
-def _conv_bwd(pool, residuals, g):
-    x, kernel, first = residuals
+def _conv_relu_bwd(pool, residuals, g):
+    x, kernel, bias, choice = residuals
     plan = _plan(x, kernel, pool)
     weights = _transformed_kernel(kernel, plan)
     m, features = plan.m, kernel.shape[3]
 
-    def backward(total, block):
-        x, first, g = block
-        dy = _to_output_tiles(g, plan)
+    def backward(totals, block):
+        x, choice, g = block
         if pool:
+            g = _to_output_tiles(g, plan)
+            dbias = jnp.where(choice < 4, g, 0).sum((0, 1, 2))
             places = [(i // 2, j // 2, i % 2 * 2 + j % 2) for i in range(m) for j in range(m)]
-            dy = jnp.stack([jnp.where(first[i, j] == place, dy[i, j], 0) for i, j, place in places])
+            dy = jnp.stack([jnp.where(choice[i, j] == place, g[i, j], 0) for i, j, place in places])
+        else:
+            g = jnp.where(choice, g, 0)
+            dbias = g.sum((0, 1, 2))
+            dy = _to_output_tiles(g, plan)
         dproducts = tiles.dot(plan.output.T, dy.reshape(m * m, -1))
         dproducts = dproducts.reshape(len(weights), -1, features)
         dweights = jnp.matmul(_transformed_tiles(x, plan).swapaxes(1, 2), dproducts)
         dtiles = jnp.matmul(dproducts, weights.swapaxes(1, 2))
         dtiles = tiles.dot(plan.input.T, dtiles.reshape(len(weights), -1))
         dtiles = dtiles.reshape(*plan.size, len(x), *plan.count, -1).transpose(2, 3, 4, 0, 1, 5)
-        return total + dweights, tiles.add(dtiles, m, *x.shape[1:3])
+        return (totals[0] + dweights, totals[1] + dbias), tiles.add(dtiles, m, *x.shape[1:3])
 
-    dweights, dx = lax.scan(backward, tiles.zero(weights), (plan.split(x), first, plan.split(g)))
+    start = (tiles.zero(weights), tiles.zero(bias))
+    blocks = (plan.split(x), choice, plan.split(g))
+    (dweights, dbias), dx = lax.scan(backward, start, blocks)
     dkernel = tiles.dot(plan.kernel.T, dweights.reshape(len(weights), -1)).reshape(kernel.shape)
-    return tiles.join(dx, len(x)), dkernel
+    return tiles.join(dx, len(x)), dkernel, dbias
 
 
-conv.defvjp(_conv_fwd, _conv_bwd)
+conv_relu.defvjp(_conv_relu_fwd, _conv_relu_bwd)
 
 
 class _Plan(NamedTuple):

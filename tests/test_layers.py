@@ -12,28 +12,31 @@ from mnist_flax.errors import UserError
 from tests.helpers import normal
 
 
-def reference_conv(x, kernel, padding):
-    return lax.conv_general_dilated(
+def reference_conv(x, kernel, bias, padding):
+    y = lax.conv_general_dilated(
         x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+    return nn.relu(y + bias)
 
 
-def reference_conv_pool(x, kernel, padding):
-    return nn.max_pool(reference_conv(x, kernel, padding), (2, 2), (2, 2))
+def reference_conv_pool(x, kernel, bias, padding):
+    return nn.max_pool(reference_conv(x, kernel, bias, padding), (2, 2), (2, 2))
 
 
-REFERENCES = {layers.conv: reference_conv, layers.conv_pool: reference_conv_pool}
+REFERENCES = {layers.conv_relu: reference_conv, layers.conv_relu_pool: reference_conv_pool}
 both = pytest.mark.parametrize("conv", REFERENCES)
 
 
 def assert_same(conv, x, kernel, padding, tolerance):
+    bias = normal(2, kernel.shape[3:], kernel.dtype)
+
     def with_gradients(conv):
         @jax.jit
-        def run(x, kernel):
-            y, pullback = jax.vjp(lambda x, k: conv(x, k, padding), x, kernel)
+        def run(x, kernel, bias):
+            y, pullback = jax.vjp(lambda *operands: conv(*operands, padding), x, kernel, bias)
             return y, *pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
 
-        return run(x, kernel)
+        return run(x, kernel, bias)
 
     pairs = zip(with_gradients(conv), with_gradients(REFERENCES[conv]), strict=True)
     for actual, expected in pairs:
@@ -70,10 +73,11 @@ def test_winograd_is_xlas_convolution(monkeypatch, conv, kernel_size, size, spli
 def test_conv_in_bfloat16_sums_in_float32(channels):
     x = normal(0, (4, 8, 8, channels), jnp.bfloat16)
     kernel = normal(1, (3, 3, channels, 8), jnp.bfloat16)
-    assert_same(layers.conv, x, kernel, "VALID", 2e-2)
+    assert_same(layers.conv_relu, x, kernel, "VALID", 2e-2)
     # The one rounding is the result's own: sums of about 20 that cancel would show others.
-    exact = reference_conv(x.astype(jnp.float32), kernel.astype(jnp.float32), "VALID")
-    y = jax.jit(partial(layers.conv, padding="VALID"))(x, kernel)
+    zero = jnp.zeros(8, jnp.bfloat16)
+    exact = reference_conv(x.astype(jnp.float32), kernel.astype(jnp.float32), 0, "VALID")
+    y = jax.jit(partial(layers.conv_relu, padding="VALID"))(x, kernel, zero)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
 
 
@@ -83,7 +87,7 @@ def test_blocks_of_the_batch(monkeypatch, batch):
     x, kernel = normal(0, (batch, 6, 6, 16)), normal(1, (3, 3, 16, 8))
     bytes_per_image = 6 * 6 * (3 * 16 + 8) * 4
     monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", 5 * bytes_per_image)
-    assert_same(layers.conv, x, kernel, "VALID", 4e-6)
+    assert_same(layers.conv_relu, x, kernel, "VALID", 4e-6)
     blocks = cpu_conv._plan(x, kernel)[2](x)
     # Five fit; a batch of 7, which only 1 divides, is filled up to two blocks of 5.
     assert blocks.shape[1] == {1: 1, 7: 5, 12: 4}[batch]
@@ -93,16 +97,15 @@ def test_blocks_of_the_batch(monkeypatch, batch):
 
 @both
 def test_an_empty_batch(conv):
-    y = conv(jnp.zeros((0, 8, 8, 3)), normal(1, (3, 3, 3, 4)), "VALID")
-    assert y.shape == {layers.conv: (0, 6, 6, 4), layers.conv_pool: (0, 3, 3, 4)}[conv]
+    y = conv(jnp.zeros((0, 8, 8, 3)), normal(1, (3, 3, 3, 4)), jnp.zeros(4), "VALID")
+    assert y.shape == {layers.conv_relu: (0, 6, 6, 4), layers.conv_relu_pool: (0, 3, 3, 4)}[conv]
 
 
 @both
 def test_conv_is_lowered_for_each_platform(conv):
     def lowered(platform):
-        traced = jax.jit(lambda x, k: conv(x, k, "VALID")).trace(
-            normal(0, (2, 8, 8, 3)), normal(1, (3, 3, 3, 4))
-        )
+        operands = normal(0, (2, 8, 8, 3)), normal(1, (3, 3, 3, 4)), jnp.zeros(4)
+        traced = jax.jit(partial(conv, padding="VALID")).trace(*operands)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     assert "stablehlo.convolution" in lowered("cuda")
@@ -152,7 +155,7 @@ def test_conv_module_has_linens_parameters_and_results(pool, padding):
     params = {"kernel": normal(1, (3, 3, 4, 6)), "bias": normal(2, (6,))}
 
     def reference(params, x):
-        y = linens.apply({"params": params}, x)
+        y = nn.relu(linens.apply({"params": params}, x))
         return nn.max_pool(y, (2, 2), (2, 2)) if pool else y
 
     def with_gradients(network):
@@ -169,20 +172,21 @@ def test_conv_module_has_linens_parameters_and_results(pool, padding):
 
 
 def test_images_too_small_are_refused():
+    kernel, bias = normal(1, (5, 5, 1, 2)), jnp.zeros(2)
     with pytest.raises(UserError, match="4×9 pixels reach a 5×5 convolution"):
-        layers.conv(normal(0, (1, 4, 9, 1)), normal(1, (5, 5, 1, 2)), "VALID")
+        layers.conv_relu(normal(0, (1, 4, 9, 1)), kernel, bias, "VALID")
     with pytest.raises(UserError, match="1×3 pixels reach a 2×2 max-pool"):
         layers.max_pool(normal(0, (1, 1, 3, 1)))
     with pytest.raises(UserError, match="1×3 pixels reach a 2×2 max-pool"):
-        layers.conv_pool(normal(0, (1, 5, 7, 1)), normal(1, (5, 5, 1, 2)), "VALID")
+        layers.conv_relu_pool(normal(0, (1, 5, 7, 1)), kernel, bias, "VALID")
 
 
 @both
 def test_ties_and_nan_go_the_way_of_linens_pool(conv):
     x = jnp.round(normal(0, (2, 7, 8, 1))).at[0, 3, 3, 0].set(jnp.nan)
-    kernel = jnp.ones((2, 2, 1, 3))
+    kernel, bias = jnp.ones((2, 2, 1, 3)), jnp.ones(3)
     actual, expected = (
-        jax.jit(lambda x, conv=conv: conv(x, kernel, "VALID"))(x)
+        jax.jit(lambda x, conv=conv: conv(x, kernel, bias, "VALID"))(x)
         for conv in (conv, REFERENCES[conv])
     )
     np.testing.assert_array_equal(actual, expected)

@@ -215,11 +215,12 @@ def test_a_hundred_steps_follow_the_plain_convolution(monkeypatch, network, opti
 
     ours = losses()
     pool = partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
-    conv = layers._conv_as_xla
-    monkeypatch.setattr(layers, "conv", lambda x, k, padding: conv(x, k, padding=padding))
-    monkeypatch.setattr(
-        layers, "conv_pool", lambda x, k, padding: pool(conv(x, k, padding=padding))
-    )
+
+    def conv_relu(x, kernel, bias, padding):
+        return nn.relu(layers._xla_conv(x, kernel, padding) + bias)
+
+    monkeypatch.setattr(layers, "conv_relu", conv_relu)
+    monkeypatch.setattr(layers, "conv_relu_pool", lambda *operands: pool(conv_relu(*operands)))
     monkeypatch.setattr(layers, "max_pool", pool)
     plain = losses()
     assert len(ours) == 100 and np.mean(ours[-10:]) < np.mean(ours[:10])
