@@ -17,6 +17,9 @@ from jax import lax
 from mnist_flax import cpu_conv, random_bits, tiles
 from mnist_flax.errors import UserError
 
+# Up to so many, a kernel's gradient as outer products takes less time than as a matrix product.
+_FEW_EXAMPLES = 8
+
 
 class Conv(nn.Module):
     """2-D convolution with stride 1, bias and ReLU, optionally max-pooled.
@@ -168,6 +171,38 @@ def _xla_conv(x, kernel, padding):
     return lax.conv_general_dilated(
         x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def dense_product(x: jax.Array, kernel: jax.Array, dimension_numbers, precision=None) -> jax.Array:
+    """`lax.dot_general` for `flax.linen.Dense`, with a faster gradient for few examples on CPU."""
+    if x.ndim == 2 and 0 < len(x) <= _FEW_EXAMPLES:
+        return _product_of_few(x, kernel)
+    return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
+
+
+@jax.custom_vjp
+def _product_of_few(x, kernel):
+    return x @ kernel
+
+
+def _product_of_few_fwd(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _product_of_few_bwd(residuals, g):
+    x, kernel = residuals
+    dkernel = lax.platform_dependent(x, g, cpu=_sum_of_outer_products, default=lambda x, g: x.T @ g)
+    return g @ kernel.T, dkernel
+
+
+def _sum_of_outer_products(x, g):
+    """x.T @ g, which XLA fuses with the optimiser's update of a large kernel."""
+    wide = tiles.sum_dtype(x)
+    rows = zip(x.astype(wide), g.astype(wide), strict=True)
+    return sum(a[:, None] * b for a, b in rows).astype(x.dtype)
+
+
+_product_of_few.defvjp(_product_of_few_fwd, _product_of_few_bwd)
 
 
 @jax.custom_vjp

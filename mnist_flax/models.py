@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from mnist_flax.errors import UserError, nearest
-from mnist_flax.layers import Concatenate, Conv, Dropout, Flatten, MaxPool
+from mnist_flax.layers import Concatenate, Conv, Dropout, Flatten, MaxPool, dense_product
 
-Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
+Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform(), dot_general=dense_product)
 
 
 class CNN(nn.Module):

@@ -171,6 +171,24 @@ def test_conv_module_has_linens_parameters_and_results(pool, padding):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), actual, expected)
 
 
+@pytest.mark.parametrize("batch", [0, 1, 8, 9])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dense_product_has_the_gradients_of_dot_general(batch, dtype):
+    operands = normal(0, (batch, 30), dtype), normal(1, (30, 20), dtype)
+    numbers = (((1,), (0,)), ((), ()))
+
+    def with_gradients(product):
+        y, pullback = jax.vjp(lambda x, kernel: product(x, kernel, numbers), *operands)
+        return y, *pullback(jnp.sin(jnp.arange(y.size, dtype=dtype)).reshape(y.shape))
+
+    tolerance = 1e-5 if dtype == jnp.float32 else 5e-2
+    pairs = zip(with_gradients(layers.dense_product), with_gradients(lax.dot_general), strict=True)
+    for actual, expected in pairs:
+        assert actual.dtype == expected.dtype
+        actual, expected = actual.astype(jnp.float32), expected.astype(jnp.float32)
+        np.testing.assert_allclose(actual, expected, atol=tolerance)
+
+
 def test_images_too_small_are_refused():
     kernel, bias = normal(1, (5, 5, 1, 2)), jnp.zeros(2)
     with pytest.raises(UserError, match="4×9 pixels reach a 5×5 convolution"):
