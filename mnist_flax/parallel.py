@@ -96,10 +96,13 @@ def compile_epoch(
         A function of `carried` and a piece.
     """
     shared, several = PartitionSpec(), seeds > 1
+    # No axis for a device alone: what is summed over one device XLA copies and fuses with nothing.
+    # It tells where one batch is all that there is to do, not where seeds take turns.
+    axis = AXIS if several or mesh.shape[AXIS] > 1 else ()
     state = PartitionSpec(SEEDS) if several else shared
-    split = PartitionSpec(None, SEEDS, AXIS) if several else PartitionSpec(None, AXIS)
+    split = PartitionSpec(None, SEEDS, axis) if several else PartitionSpec(None, axis)
     specs = (state, shared, shared, split)
-    epoch = partial(epoch, axis_name=AXIS)
+    epoch = partial(epoch, axis_name=axis)
     compiled = jax.jit(
         jax.shard_map(
             partial(_each_seed, epoch) if several else epoch,

@@ -20,6 +20,10 @@ from jax import lax
 
 from mnist_flax.state import TrainState
 
+# The mesh or pmap axis that shares each batch; () for a device alone, whose dropout is that of the
+# first device of several, and None outside of any mesh.
+Axis = str | tuple[()] | None
+
 
 @flax.struct.dataclass
 class Batch:
@@ -91,7 +95,7 @@ def train_step(
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
-    axis_name: str | None = None,
+    axis_name: Axis = None,
 ) -> tuple[TrainState, Metrics]:
     """One update by the gradient of the mean loss over the batch's examples.
 
@@ -135,9 +139,7 @@ def _update(state, batch, count, *, model, tx, axis_name):
     ), metrics
 
 
-def eval_step(
-    variables: Any, batch: Batch, *, model: nn.Module, axis_name: str | None = None
-) -> Metrics:
+def eval_step(variables: Any, batch: Batch, *, model: nn.Module, axis_name: Axis = None) -> Metrics:
     """Scores a batch; variables are {"params": ..., "batch_stats": ...}."""
     logits = model.apply(variables, batch.images, train=False)
     return _sum_over(axis_name, measure(logits, batch))
@@ -151,7 +153,7 @@ def train_epoch(
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
-    axis_name: str | None = None,
+    axis_name: Axis = None,
 ) -> tuple[TrainState, Metrics]:
     """`train_step` over each row of `batches`, int32 [steps, B], in one `lax.scan`.
 
@@ -180,7 +182,7 @@ def eval_epoch(
     batches: jax.Array,
     *,
     model: nn.Module,
-    axis_name: str | None = None,
+    axis_name: Axis = None,
 ) -> Metrics:
     """`eval_step` over each row of `batches`, int32 [steps, B], in one `lax.scan`."""
 
@@ -192,10 +194,10 @@ def eval_epoch(
     return _sum_over(axis_name, total)
 
 
-def _sum_over(axis_name: str | None, tree: Any) -> Any:
+def _sum_over(axis_name: Axis, tree: Any) -> Any:
     return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
-def _as_own(axis_name: str | None, tree: Any) -> Any:
+def _as_own(axis_name: Axis, tree: Any) -> Any:
     """What all devices share as each one's own, which may come to differ."""
     return tree if axis_name is None else lax.pcast(tree, axis_name, to="varying")
