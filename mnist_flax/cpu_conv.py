@@ -103,9 +103,7 @@ def _tiled_conv_relu_pool(x, kernel, bias):
 def _tiled_conv_relu_pool_fwd(x, kernel, bias):
     kh, kw = kernel.shape[:2]
     split = _tile_split(x, kernel)
-    matrix = _tile_kernel(kernel)
-
-    filled_bias = _fill_lanes(bias)
+    matrix, filled_bias = _tile_kernel(kernel), _fill_lanes(bias)
 
     def forward(block):
         patches, shape = _tile_patches(block, kh, kw)
