@@ -27,7 +27,7 @@ REFERENCES = {layers.conv_relu: reference_conv, layers.conv_relu_pool: reference
 both = pytest.mark.parametrize("conv", REFERENCES)
 
 
-def assert_same(conv, x, kernel, padding, tolerance):
+def assert_same(conv, x, kernel, padding, tolerance, reference=None):
     bias = normal(2, kernel.shape[3:], kernel.dtype)
 
     def with_gradients(conv):
@@ -38,7 +38,7 @@ def assert_same(conv, x, kernel, padding, tolerance):
 
         return run(x, kernel, bias)
 
-    pairs = zip(with_gradients(conv), with_gradients(REFERENCES[conv]), strict=True)
+    pairs = zip(with_gradients(conv), with_gradients(reference or REFERENCES[conv]), strict=True)
     for actual, expected in pairs:
         assert actual.dtype == expected.dtype
         actual, expected = actual.astype(jnp.float32), expected.astype(jnp.float32)
@@ -55,6 +55,21 @@ def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, chann
     x = normal(0, (6, 9, 12, channels))
     kernel = normal(1, (*kernel_size, channels, 7))
     assert_same(conv, x, kernel, padding, 4e-6)
+
+
+@pytest.mark.parametrize(
+    ("default", "conv"),
+    [
+        (layers._xla_conv_relu, layers.conv_relu),
+        (layers._xla_conv_relu_pool, layers.conv_relu_pool),
+    ],
+)
+def test_what_is_lowered_elsewhere_is_the_same(default, conv):
+    def named(x, kernel, bias, padding):
+        return default(x, kernel, bias, padding=padding)
+
+    reference = REFERENCES[conv]
+    assert_same(named, normal(0, (3, 9, 8, 4)), normal(1, (3, 3, 4, 6)), "SAME", 1e-6, reference)
 
 
 @pytest.mark.parametrize("kernel_size", [(3, 3), (4, 3), (5, 5)])
