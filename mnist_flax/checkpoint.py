@@ -65,7 +65,7 @@ def save(
         if passed_over >= step:
             manager.delete(passed_over)
     args = ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
+        state=ocp.args.StandardSave(jax.tree.map(_one_copy, state)),
         record=ocp.args.JsonSave({"run": record, "crc32": _crc32(state)}),
     )
     metrics = None if watch_accuracy is None else {_METRIC: watch_accuracy}
@@ -124,6 +124,11 @@ def restore(
         f"no checkpoint in {manager.directory} can be read (steps {steps}): "
         "restore the folder from a copy or start again in another run folder"
     )
+
+
+def _one_copy(leaf: jax.Array) -> jax.Array:
+    """Orbax has devices with the same array write a part each, and compiles a slice for each."""
+    return leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
 
 
 def _crc32(state: TrainState) -> int:

@@ -50,7 +50,7 @@ class Position:
         loss_sum, correct, count: training metrics of the epoch under way, summed over examples;
             arrays [seeds] where there are several.
         seconds: time spent training in the epoch under way.
-        compile_seconds: time spent compiling, over all starts of the run.
+        compile_seconds: time spent compiling the training program, over all starts of the run.
         wall_seconds: time of the whole run, over all its starts.
     """
 
@@ -315,31 +315,39 @@ def compile_programs(
     data: Data,
     mesh: Mesh,
 ) -> Programs:
-    """Compiles everything that a run executes on the devices."""
+    """Compiles everything that a run executes on the devices.
+
+    The training program is ready when this returns; those that score are compiled meanwhile and
+    waited for when they are first called.
+    """
     size = data.train.size
-    score = partial(
-        scoring.compile_scorer, model, state_lib.variables(state), mesh=mesh, seeds=config.num_seeds
+    train = parallel.compile_epoch(
+        partial(steps.train_epoch, model=model, tx=tx),
+        mesh,
+        state,
+        data.train,
+        config.batch_size,
+        steps=steps_per_epoch(config, size),
+        length=piece_length(config, size, data.train.most),
+        seeds=config.num_seeds,
+        donate=True,
     )
-    # All at once, as XLA compiles without the interpreter's lock.
-    with ThreadPoolExecutor() as pool:
-        train = pool.submit(
-            parallel.compile_epoch,
-            partial(steps.train_epoch, model=model, tx=tx),
-            mesh,
-            state,
-            data.train,
-            config.batch_size,
-            steps=steps_per_epoch(config, size),
-            length=piece_length(config, size, data.train.most),
-            seeds=config.num_seeds,
-            donate=True,
+    # Abstract, as the first step overwrites the state.
+    variables = jax.eval_shape(state_lib.variables, state)
+    pool = ThreadPoolExecutor()
+
+    def scorer(loader: Loader) -> Callable[[Any], dict[str, Any]]:
+        compiled = pool.submit(
+            scoring.compile_scorer, model, variables, loader, mesh, config.num_seeds
         )
-        score_test = pool.submit(score, data=data.test)
-        score_watch = score_test
-        if data.watch is not None and data.watch is not data.test:
-            score_watch = pool.submit(score, data=data.watch)
-    score_watch = None if data.watch is None else score_watch.result()
-    return Programs(train.result(), score_watch, score_test.result())
+        return lambda variables: compiled.result()(variables)
+
+    score_test = scorer(data.test)
+    score_watch = None
+    if data.watch is not None:
+        score_watch = score_test if data.watch is data.test else scorer(data.watch)
+    pool.shutdown(wait=False)
+    return Programs(train, score_watch, score_test)
 
 
 def _train_pieces(
