@@ -48,10 +48,9 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
     """The ways by name: each brings every image once and returns their number."""
     config = recipes.config(network)
     mesh = parallel.mesh(config)
-    sharding = parallel.replicated(mesh)
-    data = {name: loaders.create(name, dataset, split, "", sharding) for name in loaders.NAMES}
+    data = {name: loaders.create(name, dataset, split, "", mesh) for name in loaders.NAMES}
     size, most = data["stream"].size, data["stream"].most
-    rows = batches.train_batches(0, 0, size, config.batch_size)
+    rows = batches.train_batches(0, 0, size, config.batch_size)[:, None]
     length = train.piece_length(config, size, most)
     model = train.create_model(config, datasets.num_classes(dataset))
     tx = train.create_optimizer(config, size)
@@ -67,7 +66,7 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
 
     def training(loader: loaders.Loader) -> Callable[[], int]:
         state = train.initial_state(config, model, tx, loader.image_shape, mesh)
-        nothing = loaders.Resident(datasets.load(dataset, "test[:1]"), sharding)
+        nothing = loaders.Resident(datasets.load(dataset, "test[:1]"), mesh)
         splits = train.Data(loader, watch=None, test=nothing, num_classes=model.num_classes)
         program = train.compile_programs(config, model, tx, state, splits, mesh).train
 

@@ -111,16 +111,15 @@ def measure(
         )
     tx = train.create_optimizer(config, examples)
     mesh = parallel.mesh(config)
-    sharding = parallel.replicated(mesh)
-    data = loaders.Resident(datasets.Arrays(images, labels), sharding)
-    probe = loaders.Resident(datasets.Arrays(images[:500], labels[:500]), sharding)
+    data = loaders.Resident(datasets.Arrays(images, labels), mesh)
+    probe = loaders.Resident(datasets.Arrays(images[:500], labels[:500]), mesh)
     splits = train.Data(data, watch=None, test=probe, num_classes=10)
     state = train.initial_state(config, model, tx, data.image_shape, mesh)
     program = train.compile_programs(config, model, tx, state, splits, mesh).train
 
     length = train.piece_length(config, examples, data.most)
     rows = batches.train_batches(0, 0, examples, config.batch_size)
-    rows = np.tile(rows, num_seeds)
+    rows = np.repeat(rows[:, None], num_seeds, axis=1)
     pieces = list(data.pieces(rows[: len(rows) // length * length], length))
     state, _ = jax.block_until_ready(program(state, pieces[0]))
     speeds, begun, turn = [], time.perf_counter(), 0

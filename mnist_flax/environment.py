@@ -77,7 +77,7 @@ def free_memory() -> tuple[int, int | None]:
     with contextlib.suppress(OSError, ValueError):
         limit, used = (int((group / f"memory.{kind}").read_text()) for kind in ("max", "current"))
         host = min(host, limit - used)
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return host, None
     return host, stats["bytes_limit"] - stats["bytes_in_use"]

@@ -1,21 +1,23 @@
 """How examples reach the device: all of them at once, or streamed a piece at a time.
 
-A loader has `size`, the number of its examples, `image_shape`, (H, W, C), and `most`, the number
-of examples that it can bring at once. `pieces` yields what a number of steps needs, and
-`abstract` the shapes of such a piece, to compile for. The same rows give the same batches from
-either loader, so that training is bit for bit the same.
+A loader has `size`, the number of its examples, `image_shape`, (H, W, C), `most`, the number
+of examples that it can bring at once, and `shared`, whether every device has the same ones.
+`pieces` yields what a number of steps needs, and `abstract` the shapes of such a piece, to compile
+for. The same rows give the same batches from either loader, so that training is bit for bit the
+same.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding
 
-from mnist_flax import datasets, environment
+from mnist_flax import datasets, environment, parallel
 from mnist_flax.datasets import Arrays, Examples
 from mnist_flax.errors import UserError
 
@@ -24,93 +26,109 @@ _STREAMED_BYTES = 64 * 2**20
 
 
 class Piece(NamedTuple):
-    """Arguments of `steps.train_epoch` and `steps.eval_epoch`.
+    """What the devices of a mesh need for some steps.
 
     Attributes:
-        images: uint8 [N, H, W, C].
-        labels: int32 [N].
-        rows: int32 [steps, B], indices into both; -1 is padding.
+        images: uint8 [N, H, W, C], the same on every device or each device's own N / devices.
+        labels: int32 [N], likewise.
+        rows: int32 [steps, seeds, B], split as `parallel.split` says, B filled up to a multiple of
+            the devices that share a batch; indices into what the device has, -1 is padding.
     """
 
     images: jax.Array
     labels: jax.Array
-    rows: jax.Array | np.ndarray
+    rows: jax.Array
 
 
 class Resident:
     """A whole data set on each device, once, as uint8; a piece is nothing but indices."""
 
-    def __init__(self, arrays: Arrays, sharding: Sharding):
-        self._arrays = jax.device_put(arrays, sharding)
+    shared = True
+
+    def __init__(self, arrays: Arrays, mesh: Mesh):
+        self._arrays, self._mesh = _send(arrays, parallel.replicated(mesh)), mesh
         self.size, self.image_shape = len(arrays.labels), arrays.images.shape[1:]
         # It brings indices only.
         self.most = sys.maxsize
 
     def pieces(self, rows: np.ndarray, length: int) -> Iterator[Piece]:
-        """The steps of `rows`, int32 [steps, B], in pieces of at most `length`."""
-        for start in range(0, len(rows), length):
-            yield Piece(*self._arrays, rows[start : start + length])
+        """The steps of `rows`, int32 [steps, seeds, B], in pieces of at most `length`."""
+        for part in _parts(rows, length, self._mesh):
+            yield Piece(*self._arrays, _on_devices(part, self._mesh))
 
-    def abstract(self, steps: int, batch_size: int) -> Piece:
-        return Piece(*self._arrays, jax.ShapeDtypeStruct((steps, batch_size), jnp.int32))
+    def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
+        return Piece(*self._arrays, _abstract_rows(steps, seeds, batch_size, self._mesh))
 
 
 class Streamed:
-    """Examples that are read, decoded and sent, by Grain, while the device works.
+    """Examples that are read, decoded and sent, by Grain, while the devices work.
 
-    A few pieces of at most 64 MiB are held at a time, whatever the size of the data set.
+    A process reads what its own devices need, and a device gets nothing but its share of each
+    batch. A few pieces of at most 64 MiB are held at a time, whatever the size of the data set.
     """
 
-    def __init__(self, examples: Examples, sharding: Sharding):
-        self._examples, self._sharding = examples, sharding
+    shared = False
+
+    def __init__(self, examples: Examples, mesh: Mesh):
+        self._examples, self._mesh = examples, mesh
         self.size, self.image_shape = len(examples), examples.image_shape
         self.most = max(1, _STREAMED_BYTES // int(np.prod(self.image_shape)))
 
     def pieces(self, rows: np.ndarray, length: int) -> Iterator[Piece]:
-        """The steps of `rows`, int32 [steps, B], in pieces of at most `length`."""
+        """The steps of `rows`, int32 [steps, seeds, B], in pieces of at most `length`."""
         # Here, as a run with resident data does not need it.
         import grain
 
-        parts = [rows[start : start + length] for start in range(0, len(rows), length)]
+        mesh, parts = self._mesh, _parts(rows, length, self._mesh)
+        shares = [
+            part[index].ravel()
+            for part in parts
+            for index in _shares(part.shape, mesh, mesh.local_devices)
+        ]
         pipeline = (
-            grain.MapDataset.source(_Chosen(self._examples, rows.ravel()))
+            grain.MapDataset.source(_Chosen(self._examples, np.concatenate(shares)))
             .to_iter_dataset()
-            .batch(length * rows.shape[1], batch_fn=_stack)
+            .batch(len(mesh.local_devices) * shares[0].size, batch_fn=_stack)
         )
-        pipeline = grain.experimental.device_put(
-            pipeline, self._sharding, cpu_buffer_size=1, device_buffer_size=1
-        )
+        prefetch = grain.experimental.ThreadPrefetchIterDataset
+        pipeline = prefetch(pipeline, prefetch_buffer_size=1)
+        send = partial(_send, sharding=parallel.own(mesh))
+        pipeline = prefetch(pipeline.map(send), prefetch_buffer_size=1)
         for part, (images, labels) in zip(parts, pipeline, strict=True):
-            positions = np.arange(part.size, dtype=np.int32).reshape(part.shape)
-            yield Piece(images, labels, np.where(part < 0, -1, positions))
+            positions = np.empty_like(part)
+            for index in _shares(part.shape, mesh, mesh.devices.flat):
+                share = part[index]
+                places = np.arange(share.size).reshape(share.shape)
+                positions[index] = np.where(share < 0, -1, places)
+            yield Piece(images, labels, _on_devices(positions, mesh))
 
-    def abstract(self, steps: int, batch_size: int) -> Piece:
-        examples = steps * batch_size
+    def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
+        rows = _abstract_rows(steps, seeds, batch_size, self._mesh)
         return Piece(
-            jax.ShapeDtypeStruct((examples, *self.image_shape), jnp.uint8),
-            jax.ShapeDtypeStruct((examples,), jnp.int32),
-            jax.ShapeDtypeStruct((steps, batch_size), jnp.int32),
+            jax.ShapeDtypeStruct((rows.size, *self.image_shape), jnp.uint8),
+            jax.ShapeDtypeStruct((rows.size,), jnp.int32),
+            rows,
         )
 
 
 Loader = Resident | Streamed
 
 
-def create(loader: str, name: str, split: str, manual_dir: str, sharding: Sharding) -> Loader:
+def create(loader: str, name: str, split: str, manual_dir: str, mesh: Mesh) -> Loader:
     """The loader, one of `NAMES`, of a slice of a data set.
 
     Args:
         loader: `resident` or `stream`.
         name, split, manual_dir: as `datasets.load` takes them.
-        sharding: which devices get the examples: each gets all.
+        mesh: the devices that get the examples.
 
     Raises:
         UserError: the data cannot be had, or does not fit into memory.
     """
     if loader == "stream":
-        return Streamed(datasets.open_slice(name, split, manual_dir), sharding)
-    _check_memory(name, split, manual_dir, len(sharding.device_set))
-    return Resident(datasets.load(name, split, manual_dir), sharding)
+        return Streamed(datasets.open_slice(name, split, manual_dir), mesh)
+    _check_memory(name, split, manual_dir, len(mesh.local_devices))
+    return Resident(datasets.load(name, split, manual_dir), mesh)
 
 
 def _check_memory(name: str, split: str, manual_dir: str, copies: int) -> None:
@@ -131,6 +149,35 @@ def _check_memory(name: str, split: str, manual_dir: str, copies: int) -> None:
                 f"the images of {name} need {needed / 2**30:.1f} GiB, and {memory} has "
                 f"{free / 2**30:.1f} GiB free: set data.loader=stream"
             )
+
+
+def _parts(rows: np.ndarray, length: int, mesh: Mesh) -> list[np.ndarray]:
+    """Rows of at most `length` steps, filled up so that devices get as many examples of a batch."""
+    filling = [(0, 0), (0, 0), (0, -rows.shape[-1] % mesh.shape[parallel.AXIS])]
+    rows = np.pad(rows, filling, constant_values=-1)
+    return [rows[start : start + length] for start in range(0, len(rows), length)]
+
+
+def _abstract_rows(steps: int, seeds: int, batch_size: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    batch_size += -batch_size % mesh.shape[parallel.AXIS]
+    return jax.ShapeDtypeStruct((steps, seeds, batch_size), jnp.int32)
+
+
+def _shares(
+    shape: tuple[int, ...], mesh: Mesh, devices: Iterable[jax.Device]
+) -> list[tuple[slice, ...]]:
+    """Where in rows of that shape the devices' shares are."""
+    indices = parallel.split(mesh).devices_indices_map(shape)
+    return [indices[device] for device in devices]
+
+
+def _send(arrays: tuple[np.ndarray, ...], sharding: NamedSharding) -> tuple[jax.Array, ...]:
+    """Arrays of this process to its devices."""
+    return tuple(jax.make_array_from_process_local_data(sharding, array) for array in arrays)
+
+
+def _on_devices(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    return jax.make_array_from_callback(rows.shape, parallel.split(mesh), rows.__getitem__)
 
 
 class _Chosen(Sequence):

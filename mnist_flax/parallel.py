@@ -8,9 +8,6 @@ the others once a step, where the gradients are summed.
 import importlib.metadata
 import math
 import os
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +16,6 @@ from ml_collections import ConfigDict
 
 from mnist_flax import environment
 from mnist_flax.errors import UserError
-from mnist_flax.loaders import Loader, Piece
 
 SEEDS, AXIS = "seeds", "devices"
 
@@ -64,91 +60,14 @@ def dealt_out(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(SEEDS))
 
 
-def compile_epoch(
-    epoch: Callable,
-    mesh: Mesh,
-    carried: Any,
-    loader: Loader,
-    batch_size: int,
-    steps: int,
-    length: int,
-    *,
-    seeds: int = 1,
-    donate: bool = False,
-) -> Callable[[Any, Piece], Any]:
-    """Compiles `steps.train_epoch` or `steps.eval_epoch` for the devices of a mesh.
-
-    With several seeds `carried` and the result have a leading axis of seeds, and a row holds a
-    batch of each seed.
-
-    Args:
-        epoch: called as `epoch(carried, images, labels, rows, axis_name=...)`.
-        mesh: the devices.
-        carried: the epoch's first argument, which may be abstract.
-        loader: of the data.
-        batch_size: examples a step of one seed, on all devices together.
-        steps: steps of the epoch.
-        length: steps of a piece; the last one may have fewer.
-        seeds: the number of seeds.
-        donate: whether `carried` may be overwritten.
-
-    Returns:
-        A function of `carried` and a piece.
-    """
-    shared, several = PartitionSpec(), seeds > 1
-    # No axis for a device alone: what is summed over one device XLA copies and fuses with nothing.
-    # It tells where one batch is all that there is to do, not where seeds take turns.
-    axis = AXIS if several or mesh.shape[AXIS] > 1 else ()
-    state = PartitionSpec(SEEDS) if several else shared
-    split = PartitionSpec(None, SEEDS, axis) if several else PartitionSpec(None, axis)
-    specs = (state, shared, shared, split)
-    epoch = partial(epoch, axis_name=axis)
-    compiled = jax.jit(
-        jax.shard_map(
-            partial(_each_seed, epoch) if several else epoch,
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=state,
-            # The epoch does not know that seeds differ.
-            check_vma=not several,
-        ),
-        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
-        out_shardings=NamedSharding(mesh, state),
-        donate_argnums=0 if donate else (),
-    )
-
-    def divided(rows: np.ndarray) -> np.ndarray:
-        """Every device gets as many examples of a seed; what fills them up is masked."""
-        rows = rows.reshape(len(rows), *([seeds] if several else []), batch_size)
-        filling = [(0, 0)] * (rows.ndim - 1) + [(0, -batch_size % mesh.shape[AXIS])]
-        return np.pad(rows, filling, constant_values=-1)
-
-    by_length = {}
-    for n in {length, steps % length} - {0}:
-        piece = loader.abstract(n, seeds * batch_size)
-        rows = divided(np.zeros(piece.rows.shape, np.int32))
-        by_length[n] = compiled.lower(carried, piece.images, piece.labels, rows).compile()
-
-    def run(carried: Any, piece: Piece) -> Any:
-        rows = divided(piece.rows)
-        return by_length[len(rows)](carried, piece.images, piece.labels, rows)
-
-    return run
+def split(mesh: Mesh) -> NamedSharding:
+    """The sharding of the rows of batches, [steps, seeds, B]: each device has its seeds' share."""
+    return NamedSharding(mesh, PartitionSpec(None, SEEDS, AXIS))
 
 
-def _each_seed(epoch: Callable, carried: Any, images: Any, labels: Any, rows: jax.Array) -> Any:
-    """`epoch` of every seed on this device: at once, or on CPU one after the other.
-
-    There, products with a leading axis of seeds are slower than one after the other, by a third
-    where convolutions are wide.
-    """
-
-    def one(own: tuple[Any, jax.Array]) -> Any:
-        return epoch(own[0], images, labels, own[1])
-
-    return jax.lax.platform_dependent(
-        (carried, rows.swapaxes(0, 1)), cpu=partial(jax.lax.map, one), default=jax.vmap(one)
-    )
+def own(mesh: Mesh) -> NamedSharding:
+    """The sharding of what holds a part for each device, one after the other."""
+    return NamedSharding(mesh, PartitionSpec((SEEDS, AXIS)))
 
 
 def _mesh(devices: list[jax.Device], shape: tuple[int, int]) -> Mesh:

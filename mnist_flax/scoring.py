@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mnist_flax import batches, parallel, steps
+from mnist_flax import batches, epochs, steps
 from mnist_flax.loaders import Loader
 
 _BATCH_SIZE = 500
@@ -28,10 +28,10 @@ def compile_scorer(
     most = data.most // (seeds * _BATCH_SIZE)
     length = max(1, min(len(rows), most, _PIECE // _BATCH_SIZE))
     epoch = partial(steps.eval_epoch, model=model)
-    epoch = parallel.compile_epoch(
+    epoch = epochs.compile_epoch(
         epoch, mesh, variables, data, _BATCH_SIZE, steps=len(rows), length=length, seeds=seeds
     )
-    rows = np.tile(rows, seeds)
+    rows = np.repeat(rows[:, None], seeds, axis=1)
 
     def score(variables: Any) -> dict[str, Any]:
         parts = [jax.device_get(epoch(variables, piece)) for piece in data.pieces(rows, length)]

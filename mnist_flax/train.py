@@ -24,6 +24,7 @@ from mnist_flax import (
     checkpoint,
     datasets,
     environment,
+    epochs,
     loaders,
     models,
     optim,
@@ -230,10 +231,10 @@ def load_data(config: ConfigDict, mesh: Mesh) -> Data:
     Raises:
         UserError: the data cannot be had, or does not fit into memory.
     """
-    data, sharding = config.data, parallel.replicated(mesh)
+    data = config.data
 
     def load(split: str) -> Loader:
-        return loaders.create(data.loader, data.name, split, data.manual_dir, sharding)
+        return loaders.create(data.loader, data.name, split, data.manual_dir, mesh)
 
     test = load(data.test_split)
     watch = None
@@ -321,7 +322,7 @@ def compile_programs(
     waited for when they are first called.
     """
     size = data.train.size
-    train = parallel.compile_epoch(
+    train = epochs.compile_epoch(
         partial(steps.train_epoch, model=model, tx=tx),
         mesh,
         state,
@@ -359,12 +360,12 @@ def _train_pieces(
     the next piece.
     """
     num_examples = data.train.size
-    # A row holds the batch of each seed.
-    rows = np.hstack(
+    rows = np.stack(
         [
             batches.train_batches(seed, position.epoch, num_examples, config.batch_size)
             for seed in seeds_of(config)
-        ]
+        ],
+        axis=1,
     )
     length = piece_length(config, num_examples, data.train.most)
     every = config.checkpoint.every_steps

@@ -76,8 +76,7 @@ class Trained:
         data = self.config.data
         split = split or data.test_split
         mesh = parallel.single_mesh()
-        sharding = parallel.replicated(mesh)
-        loader = loaders.create(data.loader, data.name, split, data.manual_dir, sharding)
+        loader = loaders.create(data.loader, data.name, split, data.manual_dir, mesh)
         given = (loader.image_shape, datasets.num_classes(data.name))
         taken = (self.image_shape, self.model.num_classes)
         if given != taken:

@@ -2,12 +2,13 @@ import jax
 import numpy as np
 import pytest
 
+from mnist_flax import config as config_lib
 from mnist_flax import datasets, environment, loaders, parallel, steps
 from mnist_flax.errors import UserError
 from tests.test_datasets import FIVE, write_tfrecord_set
 
 # 120 examples in three batches of 50; the last is padded, and two examples come twice.
-ROWS = np.array([*range(119, -1, -1), 3, 3, *[-1] * 28], np.int32).reshape(3, 50)
+ROWS = np.array([*range(119, -1, -1), 3, 3, *[-1] * 28], np.int32).reshape(3, 1, 50)
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +26,7 @@ def resident(prepared):
 
 
 def create(loader, name, split):
-    return loaders.create(loader, name, split, "", sharding())
-
-
-def sharding():
-    return parallel.replicated(parallel.single_mesh())
+    return loaders.create(loader, name, split, "", parallel.single_mesh())
 
 
 def batches_of(loader, length):
@@ -37,7 +34,7 @@ def batches_of(loader, length):
     return [
         gather(piece.images, piece.labels, row)
         for piece in loader.pieces(ROWS, length)
-        for row in piece.rows
+        for row in piece.rows[:, 0]
     ]
 
 
@@ -52,12 +49,46 @@ def test_both_loaders_give_the_same_batches(resident, streamed, length):
     assert sum(int(batch.mask.sum()) for batch in expected) == 122
 
 
+def test_a_device_gets_its_share_of_a_stream_and_no_more(prepared):
+    arrays = datasets.load("digits", "train[:120]")
+    config = config_lib.default()
+    config.num_seeds, config.parallel = 2, 4
+    mesh = parallel.mesh(config)
+    assert mesh.devices.shape == (2, 2)
+    # Two seeds, whose batches of 25 are filled up to 26.
+    rows = np.concatenate([ROWS.reshape(6, 1, 25), ROWS[::-1].reshape(6, 1, 25)], axis=1)
+    padded = np.pad(rows, [(0, 0), (0, 0), (0, 1)], constant_values=-1)
+    loader = loaders.create("stream", "digits", "train[:120]", "", mesh)
+    done = 0
+    for piece in loader.pieces(rows, 4):
+        part = padded[done : done + 4]
+        done += len(part)
+        images, labels, given = (
+            {shard.device: np.asarray(shard.data) for shard in array.addressable_shards}
+            for array in piece
+        )
+        for seed, share in np.ndindex(2, 2):
+            device = mesh.devices[seed, share]
+            expected = part[:, seed, 13 * share : 13 * share + 13]
+            assert len(images[device]) == len(labels[device]) == expected.size
+            found = given[device][:, 0]
+            np.testing.assert_array_equal(found < 0, expected < 0)
+            kept = found[found >= 0]
+            np.testing.assert_array_equal(
+                images[device][kept], arrays.images[expected[expected >= 0]]
+            )
+            np.testing.assert_array_equal(
+                labels[device][kept], arrays.labels[expected[expected >= 0]]
+            )
+    assert done == 6
+
+
 @pytest.mark.parametrize("name", loaders.NAMES)
 def test_pieces_have_the_shapes_that_were_compiled_for(name, resident, streamed):
     loader = {"resident": resident, "stream": streamed}[name]
     assert (loader.size, loader.image_shape) == (120, (28, 28, 1))
     found = [(a.shape, a.dtype) for piece in loader.pieces(ROWS, 2) for a in piece]
-    expected = [(a.shape, a.dtype) for n in (2, 1) for a in loader.abstract(n, 50)]
+    expected = [(a.shape, a.dtype) for n in (2, 1) for a in loader.abstract(n, 1, 50)]
     assert found == expected
 
 
@@ -77,8 +108,9 @@ def test_images_of_another_size_stop_a_stream():
     source = [{"image": np.zeros(size, np.uint8), "label": 0} for size in sizes]
     examples = datasets.Examples([source], "image", "label")
     assert examples[1][0].shape == (2, 2, 1)
+    mesh, rows = parallel.single_mesh(), np.arange(3, dtype=np.int32).reshape(1, 1, 3)
     with pytest.raises(UserError, match="the images differ in size"):
-        list(loaders.Streamed(examples, sharding()).pieces(np.arange(3, dtype=np.int32)[None], 1))
+        list(loaders.Streamed(examples, mesh).pieces(rows, 1))
 
 
 def test_tfrecord_cannot_be_streamed(tmp_path, monkeypatch):
@@ -109,12 +141,12 @@ def test_a_slice_says_what_it_takes_before_it_is_read(prepared):
 def test_data_that_does_not_fit_is_refused(monkeypatch, prepared, host, device, copies, named):
     mesh = jax.make_mesh((copies,), (parallel.AXIS,), devices=jax.devices()[:copies])
     monkeypatch.setattr(environment, "free_memory", lambda: (host, device))
-    loaders.create("resident", "digits", "train[:60]", "", parallel.replicated(mesh))
+    loaders.create("resident", "digits", "train[:60]", "", mesh)
     less = (host - 1, device) if named == "this machine" else (host, device - 1)
     monkeypatch.setattr(environment, "free_memory", lambda: less)
     monkeypatch.setattr(datasets, "load", None)
     with pytest.raises(UserError, match=f"{named}.* has 0.0 GiB free: set data.loader=stream"):
-        loaders.create("resident", "digits", "train[:60]", "", parallel.replicated(mesh))
+        loaders.create("resident", "digits", "train[:60]", "", mesh)
 
 
 def test_a_stream_refuses_what_cannot_be_read_or_has_no_label():
@@ -131,6 +163,6 @@ def test_a_stream_refuses_what_cannot_be_read_or_has_no_label():
     for index, message in ((1, "no label"), (2, r"cannot be read \(truncated record\): delete")):
         with pytest.raises(UserError, match=message):
             examples[index]
-        rows = np.array([[0, index]], np.int32)
+        rows = np.array([[[0, index]]], np.int32)
         with pytest.raises(UserError, match=message):
-            list(loaders.Streamed(examples, sharding()).pieces(rows, 1))
+            list(loaders.Streamed(examples, parallel.single_mesh()).pieces(rows, 1))

@@ -1,4 +1,6 @@
 import os
+import re
+import socket
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 from mnist_flax import config as config_lib
 from mnist_flax import datasets, loaders, parallel, train
 from mnist_flax.errors import UserError
+from tests import process
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (90, 28, 28, 1), np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 10, 90, np.int32)
@@ -22,13 +25,13 @@ def test_devices_together_train_and_score_as_one():
         config.parallel = count
         mesh = parallel.mesh(config)
         assert mesh.size == count
-        data = loaders.Resident(datasets.Arrays(IMAGES, LABELS), parallel.replicated(mesh))
+        data = loaders.Resident(datasets.Arrays(IMAGES, LABELS), mesh)
         splits = train.Data(data, None, data, 10)
         model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
         state = train.initial_state(config, model, tx, (28, 28, 1), mesh)
         programs = train.compile_programs(config, model, tx, state, splits, mesh)
         rows = train.batches.train_batches(0, 0, 90, 40)
-        (piece,) = data.pieces(rows, 3)
+        (piece,) = data.pieces(rows[:, None], 3)
         state, metrics = programs.train(state, piece)
         score = programs.score_test({"params": state.params, "batch_stats": {}})
         assert (int(metrics.count), score["count"]) == (90, 90)
@@ -58,6 +61,27 @@ def devices_of_a_new_process(**values):
     command = [sys.executable, "-c", "\n".join(lines)]
     result = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
     return [int(n) for n in result.stdout.split()]
+
+
+def test_two_processes_train_as_one_and_each_reads_its_share_of_a_stream():
+    alone = [process.train_on_two_devices(name) for name in loaders.NAMES]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.process", str(port), "2"]
+    pipe = {"stdout": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen([*command, str(index)], **pipe) for index in range(2)]
+    outputs = [each.communicate(timeout=300)[0] for each in running]
+    assert [each.returncode for each in running] == [0, 0]
+    first, second = (re.findall(r"^trained (.*) (.*) (.*)$", o, re.MULTILINE) for o in outputs)
+
+    assert alone[0][0] == alone[1][0]
+    assert len({crc32 for crc32, _, _ in first + second}) == 1
+    # Between one process and two, sums are rounded in another order.
+    assert float(first[0][1]) == pytest.approx(alone[0][1], rel=1e-6)
+    # The resident form reads no single examples; three batches of 35 are filled up to 36.
+    assert [count for _, _, count in alone] == [0, 108]
+    assert [count for _, _, count in first] == [count for _, _, count in second] == ["0", "54"]
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this machine has one core")

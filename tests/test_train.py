@@ -233,7 +233,7 @@ def test_the_state_is_donated_to_the_next_piece():
     model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
     state = train.initial_state(config, model, tx, (28, 28, 1), mesh)
     programs = train.compile_programs(config, model, tx, state, data, mesh)
-    (piece,) = data.train.pieces(np.zeros((6, 16), np.int32), 6)
+    (piece,) = data.train.pieces(np.zeros((6, 1, 16), np.int32), 6)
     after, _ = programs.train(state, piece)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))

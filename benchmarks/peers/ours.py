@@ -13,9 +13,8 @@ from mnist_flax import datasets, loaders, parallel, state, train
 def create(job: Job, data: Data, variant: str) -> Peer:
     config = recipes.config(job.network)
     mesh = parallel.mesh(config)
-    sharding = parallel.replicated(mesh)
-    arrays = loaders.Resident(datasets.Arrays(data.images, data.labels), sharding)
-    probe = loaders.Resident(datasets.Arrays(data.images[PROBE], data.labels[PROBE]), sharding)
+    arrays = loaders.Resident(datasets.Arrays(data.images, data.labels), mesh)
+    probe = loaders.Resident(datasets.Arrays(data.images[PROBE], data.labels[PROBE]), mesh)
     # Scored on the probe only, so that nothing else is compiled.
     splits = train.Data(train=arrays, watch=None, test=probe, num_classes=10)
     model = train.create_model(config, splits.num_classes)
@@ -26,7 +25,8 @@ def create(job: Job, data: Data, variant: str) -> Peer:
 
     length = train.piece_length(config, arrays.size, arrays.most)
     # Without the remainder, which has fewer steps.
-    pieces = list(arrays.pieces(data.rows[: len(data.rows) // length * length], length))
+    rows = data.rows[: len(data.rows) // length * length, None]
+    pieces = list(arrays.pieces(rows, length))
     turn = count()
 
     def run(least: int) -> tuple[int, float]:

@@ -1,0 +1,94 @@
+"""Epochs as programs for the devices of a mesh."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mnist_flax.loaders import Loader, Piece
+from mnist_flax.parallel import AXIS, SEEDS
+
+
+def compile_epoch(
+    epoch: Callable,
+    mesh: Mesh,
+    carried: Any,
+    loader: Loader,
+    batch_size: int,
+    steps: int,
+    length: int,
+    *,
+    seeds: int = 1,
+    donate: bool = False,
+) -> Callable[[Any, Piece], Any]:
+    """Compiles `steps.train_epoch` or `steps.eval_epoch` for the devices of a mesh.
+
+    With several seeds `carried` and the result have a leading axis of seeds.
+
+    Args:
+        epoch: called as `epoch(carried, images, labels, rows, axis_name=...)`.
+        mesh: the devices.
+        carried: the epoch's first argument, which may be abstract.
+        loader: of the data.
+        batch_size: examples a step of one seed, on all devices together.
+        steps: steps of the epoch.
+        length: steps of a piece; the last one may have fewer.
+        seeds: the number of seeds.
+        donate: whether `carried` may be overwritten.
+
+    Returns:
+        A function of `carried` and a piece.
+    """
+    several = seeds > 1
+    by_seed = (SEEDS,) if several else ()
+    # No axis for a device alone: what is summed over one device XLA copies and fuses with nothing.
+    # It tells where one batch is all that there is to do, not where seeds take turns.
+    axis = AXIS if several or mesh.shape[AXIS] > 1 else ()
+    state = PartitionSpec(*by_seed)
+    examples = PartitionSpec()
+    if not loader.shared:
+        examples = PartitionSpec((*by_seed, AXIS) if axis else ())
+    specs = (state, examples, examples, PartitionSpec(None, by_seed, axis))
+    compiled = jax.jit(
+        jax.shard_map(
+            partial(_each_seed if several else _one_seed, partial(epoch, axis_name=axis)),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=state,
+            # The epoch does not know that seeds differ.
+            check_vma=not several,
+        ),
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
+        out_shardings=NamedSharding(mesh, state),
+        donate_argnums=0 if donate else (),
+    )
+    by_length = {
+        n: compiled.lower(carried, *loader.abstract(n, seeds, batch_size)).compile()
+        for n in {length, steps % length} - {0}
+    }
+
+    def run(carried: Any, piece: Piece) -> Any:
+        return by_length[len(piece.rows)](carried, *piece)
+
+    return run
+
+
+def _one_seed(epoch: Callable, carried: Any, images: Any, labels: Any, rows: jax.Array) -> Any:
+    return epoch(carried, images, labels, rows[:, 0])
+
+
+def _each_seed(epoch: Callable, carried: Any, images: Any, labels: Any, rows: jax.Array) -> Any:
+    """`epoch` of every seed on this device: at once, or on CPU one after the other.
+
+    There, products with a leading axis of seeds are slower than one after the other, by a third
+    where convolutions are wide.
+    """
+
+    def one(own: tuple[Any, jax.Array]) -> Any:
+        return epoch(own[0], images, labels, own[1])
+
+    return jax.lax.platform_dependent(
+        (carried, rows.swapaxes(0, 1)), cpu=partial(jax.lax.map, one), default=jax.vmap(one)
+    )
