@@ -9,10 +9,7 @@ turns. What does not vary is the recipe's batch size, 60,000 images and the netw
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -69,17 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(network: str, device: str, seconds: float, point: dict) -> dict[str, float]:
     """Measures one point in a process of its own; what `point` lacks is the recipe's."""
-    command = [sys.executable, "-m", "benchmarks.scaling", f"--network={network}"]
-    command += [f"--seconds={seconds}", f"--point={json.dumps(point)}"]
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda",
-        # A program from a cache leaves out the memory that compiling takes.
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-    }
-    done = subprocess.run(
-        command, cwd=recipes.ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    flags = [f"--network={network}", f"--seconds={seconds}", f"--point={json.dumps(point)}"]
+    return suite.child("scaling", device, *flags)
 
 
 def measure(

@@ -2,10 +2,15 @@
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.recipes import ROOT
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -21,6 +26,18 @@ def parser(name: str, doc: str, repetitions: int | None = 5) -> argparse.Argumen
         made.add_argument("--repetitions", type=int, default=repetitions)
     made.add_argument("--results", type=Path, default=FOLDER, help="folder to write to")
     return made
+
+
+def child(name: str, device: str, *flags: str) -> dict[str, Any]:
+    """The JSON that `benchmarks.<name>` prints last, in a process of its own on that device."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda",
+        # A program from a cache leaves out the memory that compiling takes.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write(result: dict[str, Any], file: Path, text: str) -> None:

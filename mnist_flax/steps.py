@@ -61,6 +61,7 @@ def scale(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 255
 
 
+@jax.named_scope("gather_batch")
 def gather(images: jax.Array, labels: jax.Array, indices: jax.Array) -> Batch:
     """The batch at `indices` of a data set on the device.
 
@@ -130,10 +131,12 @@ def _update(state, batch, count, *, model, tx, axis_name):
     params = _as_own(axis_name, state.params)
     grads, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
     grads = _sum_over(axis_name, grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     return state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         opt_state=opt_state,
         batch_stats=batch_stats,
     ), metrics

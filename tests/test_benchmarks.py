@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import reproduce, throughput
+from benchmarks import limits, reproduce, throughput
 from mnist_flax import datasets, models, state
 from mnist_flax.errors import UserError
 
@@ -166,3 +166,40 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     assert [run["seed"] for run in found] == list(range(6))
     assert [run["minutes"] for run in found] == [1, 1, 2, 1, 1, 2]
     assert "99.25 ± 0.19 % | 99.00 | 99.50 | 6 |" in (tmp_path / "reproduce_cpu.md").read_text()
+
+
+def test_the_work_of_larger_by_hand():
+    convolutions = 2 * 2 * 24 * 24 * 25 * 30 + 3 * 2 * 10 * 10 * 9 * 30 * 15
+    dense = 3 * 2 * (375 * 128 + 128 * 50 + 50 * 10)
+    outputs = 12 * 12 * 30 + 5 * 5 * 15 + 128 + 50 + 10
+    found = limits.work("larger")
+    assert found == (convolutions + dense, 784 + 16 * outputs, 4 * 10 * 59_933)
+
+
+def test_shares_of_the_limit_and_of_a_step():
+    def point(batch, speed):
+        facts = {"network": "larger", "batch_size": batch, "images_per_second": [speed]}
+        return facts | {"flop": 4_000_000, "image_bytes": 10_000, "step_bytes": 2_000_000}
+
+    result = {
+        "hardware": "a machine",
+        "versions": {"jax": "1"},
+        "ceilings": [{"flop": 100e9, "bytes": 1e9}],
+        "points": [point(200, 10_000), point(20, 2_000)],
+        "profiles": {
+            "larger": {"step": 1000.0, "parts": {"forward": 30, "backward": 60, "optimizer": 10}}
+        },
+    }
+    text = limits.table(result)
+    # At 200 a step moves 4 MB in 4 ms and computes 8 ms; at 20, 2.2 MB in 2.2 ms against 0.8 ms.
+    row = "| `larger` (200) | 10,000 (10,000 to 10,000) | 40.0 | 0.2 | FLOP | 40% |"
+    assert row in text
+    assert "| `larger` (20) | 2,000 (2,000 to 2,000) | 8.0 | 0.2 | bytes | 22% |" in text
+    assert "| `larger` | 30% | 60% | 10% | 0% | 0% | 0% | 1,000 |" in text
+
+
+def test_a_profile_names_the_parts_of_a_step():
+    found = limits.profile("larger")
+    assert set(found["parts"]) == {"forward", "backward", "optimizer", "gather", "other"}
+    assert found["parts"]["backward"] > found["parts"]["forward"] > 0
+    assert found["step"] > 0 and len(found["largest"]) == 5

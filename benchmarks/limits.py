@@ -1,0 +1,246 @@
+"""How much of what the machine can do training reaches, and where the time goes.
+
+    python -m benchmarks.limits
+    python -m benchmarks.limits --networks convnet larger --device gpu
+
+A step needs at least the floating-point operations and the bytes that `Work` counts, however it is
+carried out. The machine's ceilings are its fastest matrix product and its fastest copy, measured in
+the same turns. What a step would take at these ceilings, over what it takes, is the share of the
+limit. Winograd's filtering needs fewer operations than are counted, and what stays in a cache moves
+no bytes, so that a share says how far the plain way could be from here, not how far any way could.
+
+A profile of one device says where a step's time goes. Every point is a process of its own.
+"""
+
+import argparse
+import collections
+import json
+import math
+import re
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import hardware, recipes, scaling, suite
+from benchmarks.throughput import NETWORKS
+from mnist_flax import cli, environment, models, summary
+
+BATCH_SIZES = {"cpu": (128, 512), "gpu": (512, 2048, 8192)}
+# Numbers of 4 bytes that an update of a parameter moves: the weight, read forwards, backwards and
+# by the optimiser, and written; the gradient, written and read; each moment, read and written.
+UPDATE = {"adam": 6 + 4, "rmsprop": 6 + 2}
+PARTS = ("forward", "backward", "optimizer", "gather", "other", "idle")
+
+
+class Work(NamedTuple):
+    """What training needs at least, at float32.
+
+    Attributes:
+        flop: floating-point operations an image.
+        image_bytes: bytes an image: of the image, and of each layer's output, which is written and
+            read forwards, as its gradient is backwards.
+        step_bytes: bytes a step: of the parameters and the optimiser's moments.
+    """
+
+    flop: int
+    image_bytes: int
+    step_bytes: int
+
+
+def work(network: str) -> Work:
+    """The work of the network's recipe, on images of 28×28."""
+    rows = summary.rows(models.create(network))
+    flop, outputs = 0, 0
+    for i, row in enumerate(rows):
+        if row.kind not in ("Conv", "Dense", "MaxPool"):
+            continue
+        kernel = row.parameters and row.parameters - row.shape[-1]
+        # Forwards, and backwards for the kernel and the input; the images need no gradient.
+        flop += 2 * kernel * math.prod(row.shape[:-1]) * (2 if i == 0 else 3)
+        # Of a pooled convolution only the pool's output has to be kept.
+        if not (i + 1 < len(rows) and rows[i + 1].name == f"{row.name}/pool"):
+            outputs += math.prod(row.shape)
+    parameters = sum(row.parameters for row in rows)
+    moved = UPDATE[recipes.config(network).optimizer]
+    return Work(flop, 28 * 28 + 4 * 4 * outputs, 4 * moved * parameters)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = suite.parser("limits", __doc__, repetitions=3)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="beside the recipe's own")
+    parser.add_argument("--seconds", type=float, default=3, help="training time of each point")
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.measure is not None:
+        measured = profile(**args.measure) if args.measure else ceilings()
+        print(json.dumps(measured))
+        return
+
+    points = []
+    for network in args.networks:
+        sizes = {
+            recipes.config(network).batch_size,
+            *(args.batch_sizes or BATCH_SIZES[args.device]),
+        }
+        points += [{"network": network, "batch_size": size} for size in sorted(sizes)]
+    found, speeds = [], [[] for _ in points]
+    for repetition in range(args.repetitions):
+        found.append(run(args.device, {}))
+        for point, seen in zip(points, speeds, strict=True):
+            point_of = {"batch_size": point["batch_size"]}
+            measured = scaling.run(point["network"], args.device, args.seconds, point_of)
+            seen.append(measured["images_per_second"])
+            print(
+                f"{repetition + 1}/{args.repetitions} {point}: {seen[-1]:,.0f} images/s", flush=True
+            )
+    result = {
+        "hardware": hardware.describe(args.device),
+        "versions": environment.versions(),
+        "ceilings": found,
+        "points": [
+            point | work(point["network"])._asdict() | {"images_per_second": seen}
+            for point, seen in zip(points, speeds, strict=True)
+        ],
+        "profiles": {network: run(args.device, {"network": network}) for network in args.networks},
+    }
+    suite.write(result, args.results / f"limits_{args.device}.json", table(result))
+
+
+def run(device: str, measured: dict) -> dict:
+    """What `--measure` gives in a process of its own."""
+    return suite.child("limits", device, f"--measure={json.dumps(measured)}")
+
+
+def ceilings() -> dict[str, float]:
+    """The fastest float32 product, in FLOP/s, and the fastest copy, in bytes read and written."""
+    import jax
+    import jax.numpy as jnp
+
+    def fastest(function, *arguments):
+        compiled = jax.jit(function).lower(*arguments).compile()
+        jax.block_until_ready(compiled(*arguments))
+        seconds = []
+        for _ in range(10):
+            clock = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            seconds.append(time.perf_counter() - clock)
+        return min(seconds)
+
+    sizes = (1024, 2048, 4096)
+    speeds = [2 * n**3 / fastest(jnp.dot, *(jnp.ones((n, n)),) * 2) for n in sizes]
+    array = jnp.ones(2**26)
+    return {"flop": max(speeds), "bytes": 2 * array.nbytes / fastest(lambda x: x + 1, array)}
+
+
+def profile(network: str) -> dict:
+    """Microseconds a step by part, and the operations that take most, at the recipe's batch."""
+    import jax
+    import numpy as np
+
+    from mnist_flax import parallel, steps, train
+
+    config = recipes.config(network)
+    count, shape = 10_000, (28, 28, 1)
+    model, tx = train.create_model(config, 10), train.create_optimizer(config, count)
+    state = train.initial_state(config, model, tx, shape, parallel.single_mesh())
+    rng = np.random.default_rng(0)
+    images = jax.device_put(rng.integers(0, 256, (count, *shape), np.uint8))
+    labels = jax.device_put(rng.integers(0, 10, count, np.int32))
+    made = max(2, 2000 // config.batch_size)
+    rows = jax.device_put(rng.integers(0, count, (made, config.batch_size), np.int32))
+    on_cpu = jax.default_backend() == "cpu"
+    epoch = (
+        jax.jit(partial(steps.train_epoch, model=model, tx=tx), donate_argnums=0)
+        .lower(state, images, labels, rows)
+        .compile({"xla_cpu_enable_xprof_traceme": True} if on_cpu else None)
+    )
+    seconds = []
+    for _ in range(5):
+        clock = time.perf_counter()
+        state, _ = jax.block_until_ready(epoch(state, images, labels, rows))
+        seconds.append((time.perf_counter() - clock) / made)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            state, _ = jax.block_until_ready(epoch(state, images, labels, rows))
+        (file,) = Path(folder).glob("**/*.xplane.pb")
+        spent = operations(jax.profiler.ProfileData.from_file(str(file)), epoch.as_text())
+    parts = collections.Counter()
+    for (_, op_name), microseconds in spent.items():
+        parts[part(op_name)] += microseconds / made
+    step = 1e6 * statistics.median(seconds)
+    if not on_cpu:
+        # Between one kernel and the next; on CPU threads overlap.
+        parts["idle"] = max(0, step - parts.total())
+    largest = [[*names, microseconds / made] for names, microseconds in spent.most_common(5)]
+    return {"step": step, "parts": parts, "largest": largest}
+
+
+def operations(data, program: str) -> collections.Counter:
+    """Microseconds of each operation of a program (HLO text), by its name and `op_name`.
+
+    What contains others, such as a loop, is left out.
+    """
+    line = r'^ *(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(.*?op_name="([^"]*)"'
+    named = {
+        name: op_name
+        for name, opcode, op_name in re.findall(line, program, re.MULTILINE)
+        if opcode not in ("while", "call", "conditional")
+    }
+    spent = collections.Counter()
+    for plane in data.planes:
+        for events in (line.events for line in plane.lines):
+            for event in events:
+                name = dict(event.stats).get("hlo_op", event.name)
+                if name in named:
+                    spent[name, named[name]] += event.duration_ns / 1000
+    return spent
+
+
+def part(op_name: str) -> str:
+    """The one of `PARTS` that an operation belongs to, by the scopes in its name."""
+    scopes = {"optimizer": "optimizer", "gather_batch": "gather", "transpose(": "backward"}
+    found = (name for scope, name in scopes.items() if scope in op_name)
+    return next(found, "forward" if "jvp(" in op_name else "other")
+
+
+def table(result: dict) -> str:
+    """Shares of the ceilings, and of a step's parts, as Markdown."""
+    flop, moved = (statistics.median(c[k] for c in result["ceilings"]) for k in ("flop", "bytes"))
+    lines = [
+        "| network (batch) | images/s (lowest to highest) | GFLOP/s | GB/s | bound by "
+        "| share of the limit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for point in result["points"]:
+        speed, batch = statistics.median(point["images_per_second"]), point["batch_size"]
+        image_bytes = point["image_bytes"] + point["step_bytes"] / batch
+        by_flop, by_bytes = point["flop"] / flop, image_bytes / moved
+        lines.append(
+            f"| `{point['network']}` ({batch}) | {suite.spread(point['images_per_second'])} "
+            f"| {point['flop'] * speed / 1e9:,.1f} | {image_bytes * speed / 1e9:,.1f} "
+            f"| {'FLOP' if by_flop > by_bytes else 'bytes'} "
+            f"| {max(by_flop, by_bytes) * speed:.0%} |"
+        )
+    lines += [
+        "",
+        f"Ceilings: {flop / 1e9:,.0f} GFLOP/s in a product, {moved / 1e9:,.1f} GB/s in a copy.",
+        "",
+        f"| network | {' | '.join(PARTS)} | µs a step, one device |",
+        "|" + "---|" * (len(PARTS) + 2),
+    ]
+    for network, profiled in result["profiles"].items():
+        total = sum(profiled["parts"].values())
+        shares = " | ".join(f"{profiled['parts'].get(part, 0) / total:.0%}" for part in PARTS)
+        lines.append(f"| `{network}` | {shares} | {profiled['step']:,.0f} |")
+    repetitions = len(result["ceilings"])
+    lines += ["", f"Medians of {repetitions} turns; {suite.conditions(result)}"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)
