@@ -9,6 +9,7 @@ the accuracy after the last epoch; no epoch is picked.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         left = [seed for seed in range(args.seeds or RECIPES[recipe].seeds) if seed not in done]
         while left:
             if args.keras:
-                train_in_keras(recipe, left.pop(0), args.runs)
+                train_in_keras(recipe, left[: args.together], args.runs)
+                del left[: args.together]
             else:
                 # Seeds that follow one another.
                 count = 1
@@ -78,11 +80,20 @@ def train(recipe: str, first: int, count: int, runs: Path) -> None:
     subprocess.run([*command, f"--workdir={run_dir}"], check=True, cwd=ROOT)
 
 
-def train_in_keras(recipe: str, seed: int, runs: Path) -> None:
-    """The same in Keras; a run that is stopped begins again."""
-    file = runs.absolute() / f"{recipe}-keras-seed{seed}" / "summary.json"
-    command = [sys.executable, "-m", "benchmarks.scripts.keras_recipe", recipe, str(seed)]
-    subprocess.run([*command, str(file)], check=True, cwd=ROOT)
+def train_in_keras(recipe: str, seeds: list[int], runs: Path) -> None:
+    """The same in Keras, a process for each seed; a run that is stopped begins again."""
+    command = [sys.executable, "-m", "benchmarks.scripts.keras_recipe", recipe, str(len(seeds))]
+    threads = str(max(1, environment.cores() // len(seeds)))
+    names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+    running = []
+    for seed in seeds:
+        file = runs.absolute() / f"{recipe}-keras-seed{seed}" / "summary.json"
+        env = os.environ | dict.fromkeys(names, threads)
+        running.append(subprocess.Popen([*command, str(seed), str(file)], cwd=ROOT, env=env))
+    # All of them, before one that failed ends this.
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit(f"{recipe} in Keras failed, as said above")
 
 
 def write(runs: Path, folder: Path) -> None:
@@ -105,7 +116,8 @@ def collect(runs: Path, recipe: str) -> Iterator[dict[str, Any]]:
                 "test_accuracy": each["test_accuracy"],
                 "test_loss": each["test_loss"],
                 # Of all seeds that were trained at once; none where other work went on beside.
-                "minutes": (wall := summary.get("wall_seconds")) and wall / 60 / len(seeds),
+                "minutes": (wall := summary.get("wall_seconds"))
+                and wall / 60 / summary.get("at_once", len(seeds)),
                 "device": summary["device"],
                 "versions": summary["versions"],
             }

@@ -2,7 +2,7 @@
 
     python -m benchmarks.throughput                                  # what the README shows
     python -m benchmarks.throughput --networks larger --peers torch keras-tf
-    python -m benchmarks.throughput --device gpu
+    python -m benchmarks.throughput --device gpu --dtype bfloat16
 
 Every peer trains the same network (the parameters are counted) with the same optimiser on the
 same batches of MNIST, in a process of its own. The processes of a network take turns, so that a
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all for the device")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seconds", type=float, default=3, help="training time in a turn")
     parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
     args = parser.parse_args(argv)
@@ -83,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     needs = [(peer, package) for peer in peers for package in PEERS[peer].packages]
     check_installed([("the plot", "matplotlib"), *needs])
     machine = hardware.describe(args.device)
-    file = args.results / f"throughput_{args.device}.json"
+    kind = args.device if args.dtype == "float32" else f"{args.device}_{args.dtype}"
+    file = args.results / f"throughput_{kind}.json"
     measured = json.loads(file.read_text()) if file.exists() else {}
     for network in args.networks:
         measured[network] = {
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure(network: str, peers: list[str], args: argparse.Namespace) -> dict[str, dict]:
     """Starts the peers' processes, lets them take turns, and returns what each reported."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        write_job(Path(folder), network, args.dataset, args.device)
+        write_job(Path(folder), network, args)
         workers, reports = {}, {}
         for peer in peers:
             workers[peer] = stack.enter_context(start(peer, Path(folder), args.device))
@@ -125,7 +127,7 @@ def measure(network: str, peers: list[str], args: argparse.Namespace) -> dict[st
     return reports
 
 
-def write_job(folder: Path, network: str, dataset: str, device: str) -> None:
+def write_job(folder: Path, network: str, args: argparse.Namespace) -> None:
     """Writes what all peers read: the network and recipe as JSON, data and batches as .npz."""
     config = recipes.config(network)
     job = {
@@ -133,9 +135,10 @@ def write_job(folder: Path, network: str, dataset: str, device: str) -> None:
         "spec": spec_of(network),
         "batch_size": config.batch_size,
         "optimizer": config.optimizer,
-        "device": device,
+        "device": args.device,
+        "dtype": args.dtype,
     }
-    arrays = datasets.load(dataset, "train")
+    arrays = datasets.load(args.dataset, "train")
     # Full batches only, which no peer must pad.
     count = len(arrays.labels) // config.batch_size * config.batch_size
     rows = batches.train_batches(0, 0, count, config.batch_size)

@@ -162,6 +162,9 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     assert trained == [("larger", 0, 2), ("larger", 2, 1)]
     reproduce.main([*flags, "--seeds=6"])
     assert trained[2:] == [("larger", 3, 2), ("larger", 5, 1)]
+    monkeypatch.setattr(reproduce, "train_in_keras", lambda recipe, seeds, _: trained.append(seeds))
+    reproduce.main([*flags, "--seeds=3", "--keras"])
+    assert trained[4:] == [[0, 1], [2]]
     found = json.loads((tmp_path / "reproduce_cpu.json").read_text())["larger"]
     assert [run["seed"] for run in found] == list(range(6))
     assert [run["minutes"] for run in found] == [1, 1, 2, 1, 1, 2]

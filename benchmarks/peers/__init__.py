@@ -21,6 +21,7 @@ class Job(NamedTuple):
         batch_size: examples a step.
         optimizer: "adam" or "rmsprop", with Keras's default numbers.
         device: "cpu" or "gpu".
+        dtype: "float32", or "bfloat16" to compute in it with float32 parameters.
     """
 
     network: str
@@ -28,6 +29,7 @@ class Job(NamedTuple):
     batch_size: int
     optimizer: str
     device: str
+    dtype: str
 
 
 class Data(NamedTuple):

@@ -16,38 +16,41 @@ from benchmarks.peers.ours import device_memory
 
 class Network(nn.Module):
     spec: tuple | None
+    dtype: str
 
     @nn.compact
     def __call__(self, x, train: bool):
         pool = partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
+        conv, dense = (partial(layer, dtype=self.dtype) for layer in (nn.Conv, nn.Dense))
         if self.spec is None:
-            conv = partial(nn.Conv, kernel_size=(3, 3), padding="SAME")
+            conv = partial(conv, kernel_size=(3, 3), padding="SAME")
             x = pool(nn.relu(conv(32)(x)))
             branches = [pool(nn.relu(conv(256)(pool(nn.relu(conv(64)(x)))))) for _ in range(2)]
             x = jnp.concatenate(branches, axis=-1).reshape(x.shape[0], -1)
-            x = nn.relu(nn.Dense(500)(nn.relu(nn.Dense(1000)(x))))
+            x = nn.relu(dense(500)(nn.relu(dense(1000)(x))))
             return nn.Dense(10)(x)
         spec = dict(self.spec)
         for features, kernel, pooled in spec["convs"]:
-            x = nn.relu(nn.Conv(features, (kernel, kernel), padding="VALID")(x))
+            x = nn.relu(conv(features, (kernel, kernel), padding="VALID")(x))
             x = pool(x) if pooled else x
         x = nn.Dropout(spec["conv_dropout"], deterministic=not train)(x)
         x = x.reshape(x.shape[0], -1)
         for features in spec["dense"]:
-            x = nn.relu(nn.Dense(features)(x))
+            x = nn.relu(dense(features)(x))
         x = nn.Dropout(spec["dense_dropout"], deterministic=not train)(x)
         return nn.Dense(10)(x)
 
 
-def network(spec: dict | None) -> Network:
+def network(spec: dict | None, dtype: str = "float32") -> Network:
     # A module's attributes must be hashable.
-    return Network(spec and tuple((key, _hashable(value)) for key, value in spec.items()))
+    spec = spec and tuple((key, _hashable(value)) for key, value in spec.items())
+    return Network(spec, dtype)
 
 
 def create(job: Job, data: Data, variant: str) -> Peer:
     images = jnp.asarray(data.images, jnp.float32) / 255
     labels, rows = jnp.asarray(data.labels), jnp.asarray(data.rows)
-    model = network(job.spec)
+    model = network(job.spec, job.dtype)
     tx = (
         optax.adam(LEARNING_RATE, eps=EPSILON)
         if job.optimizer == "adam"

@@ -27,7 +27,7 @@ def network(spec: dict | None) -> keras.Model:
         x = layers.Flatten()(layers.Concatenate()(branches))
         for features in (1000, 500):
             x = layers.Dense(features, activation="relu")(x)
-        return keras.Model(image, layers.Dense(10)(x))
+        return keras.Model(image, layers.Dense(10, dtype="float32")(x))
     x = image
     for features, kernel, pooled in spec["convs"]:
         x = conv(features, kernel)(x)
@@ -37,7 +37,7 @@ def network(spec: dict | None) -> keras.Model:
     for features in spec["dense"]:
         x = layers.Dense(features, activation="relu")(x)
     x = layers.Dropout(spec["dense_dropout"])(x) if spec["dense_dropout"] else x
-    return keras.Model(image, layers.Dense(10)(x))
+    return keras.Model(image, layers.Dense(10, dtype="float32")(x))
 
 
 class Clock(keras.callbacks.Callback):
@@ -57,6 +57,8 @@ def create(job: Job, data: Data, variant: str) -> Peer:
 
         if not tf.config.list_physical_devices("GPU"):
             raise SystemExit("TensorFlow sees no GPU: pip install 'tensorflow[and-cuda]'")
+    if job.dtype == "bfloat16":
+        keras.config.set_dtype_policy("mixed_bfloat16")
     model = network(job.spec)
     optimizer = (
         keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON)

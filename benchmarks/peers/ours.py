@@ -12,6 +12,7 @@ from mnist_flax import datasets, loaders, parallel, state, train
 
 def create(job: Job, data: Data, variant: str) -> Peer:
     config = recipes.config(job.network)
+    config.compute_dtype = job.dtype
     mesh = parallel.mesh(config)
     arrays = loaders.Resident(datasets.Arrays(data.images, data.labels), mesh)
     probe = loaders.Resident(datasets.Arrays(data.images[PROBE], data.labels[PROBE]), mesh)

@@ -81,6 +81,7 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         forward = torch.compile(model)
     elif variant == "cudagraphs":
         forward = torch.compile(model, mode="reduce-overhead")
+    mixed = torch.autocast(device, torch.bfloat16, enabled=job.dtype == "bfloat16")
     cross_entropy = nn.CrossEntropyLoss()
     turn = count()
 
@@ -91,8 +92,9 @@ def create(job: Job, data: Data, variant: str) -> Peer:
             row = rows[next(turn) % len(rows)]
             y = labels[row]
             optimizer.zero_grad()
-            logits = forward(images[row])
-            loss = cross_entropy(logits, y)
+            with mixed:
+                logits = forward(images[row])
+                loss = cross_entropy(logits, y)
             loss.backward()
             optimizer.step()
             total += loss.detach()

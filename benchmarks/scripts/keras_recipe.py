@@ -1,7 +1,8 @@
-"""A recipe in Keras: python -m benchmarks.scripts.keras_recipe RECIPE SEED SUMMARY.json
+"""A recipe in Keras: python -m benchmarks.scripts.keras_recipe RECIPE AT_ONCE SEED SUMMARY.json
 
 What the tutorials do: `fit` on arrays, shuffled each epoch, and the test images scored once, at
-the end. The data are those of the package.
+the end. The data are those of the package. AT_ONCE is the number of such processes that share
+the machine.
 """
 
 import json
@@ -18,7 +19,7 @@ from benchmarks.throughput import spec_of, version_of
 from mnist_flax import datasets, environment
 
 
-def run(recipe: str, seed: str, file: str) -> None:
+def run(recipe: str, at_once: str, seed: str, file: str) -> None:
     began = time.perf_counter()
     config = recipes.config(recipe)
     train = datasets.load(config.data.name, config.data.train_split)
@@ -42,6 +43,7 @@ def run(recipe: str, seed: str, file: str) -> None:
         "seed": int(seed),
         "test_loss": loss,
         "test_accuracy": round(accuracy * len(test.labels)) / len(test.labels),
+        "at_once": int(at_once),
         "wall_seconds": time.perf_counter() - began,
         "device": environment.device_name(),
         "versions": {"python": platform.python_version()}
