@@ -12,7 +12,7 @@ from mnist_flax.parallel import AXIS, SEEDS
 
 
 def compile_epoch(
-    epoch: Callable,
+    epoch: partial,
     mesh: Mesh,
     carried: Any,
     loader: Loader,
@@ -28,7 +28,8 @@ def compile_epoch(
     With several seeds `carried` and the result have a leading axis of seeds.
 
     Args:
-        epoch: called as `epoch(carried, images, labels, rows, axis_name=...)`.
+        epoch: either function with its network bound, called as
+            `epoch(carried, images, labels, rows, axis_name=...)`.
         mesh: the devices.
         carried: the epoch's first argument, which may be abstract.
         loader: of the data.
@@ -51,9 +52,12 @@ def compile_epoch(
     if not loader.shared:
         examples = PartitionSpec((*by_seed, AXIS) if axis else ())
     specs = (state, examples, examples, PartitionSpec(None, by_seed, axis))
+    program = partial(_each_seed if several else _one_seed, partial(epoch, axis_name=axis))
+    # As it is named in profiles and logs.
+    program.__name__ = epoch.func.__name__
     compiled = jax.jit(
         jax.shard_map(
-            partial(_each_seed if several else _one_seed, partial(epoch, axis_name=axis)),
+            program,
             mesh=mesh,
             in_specs=specs,
             out_specs=state,
