@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from mnist_flax import checkpoint, models, optim
+from mnist_flax import checkpoint, models, optim, parallel
 from mnist_flax.errors import UserError
 from tests.helpers import random_state
 
@@ -57,6 +57,21 @@ def test_state_and_record_come_back(tmp_path, start):
     # An abstract state will do, as where a run is loaded to predict.
     state, _ = restore(folder, jax.eval_shape(lambda: start))
     assert_equal(state, at(start, 1))
+
+
+def test_what_all_devices_have_is_written_as_a_whole(tmp_path, start):
+    everywhere = parallel.replicated(jax.make_mesh((4,), (parallel.AXIS,)))
+    state = jax.device_put(start, everywhere)
+    with checkpoint.open_manager(tmp_path / "c") as manager:
+        checkpoint.save(manager, state, {})
+        manager.wait_until_finished()
+        written = manager.item_metadata(int(state.step))["state"]
+    leaves = jax.tree.leaves(written, is_leaf=lambda leaf: hasattr(leaf, "storage"))
+    assert len(leaves) == len(jax.tree.leaves(state))
+    assert [leaf.storage.write_shape for leaf in leaves] == [leaf.shape for leaf in leaves]
+    restored, _ = restore(tmp_path / "c", state)
+    assert_equal(restored, state)
+    assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(restored))
 
 
 def test_an_empty_folder_has_nothing_to_restore(tmp_path, start):

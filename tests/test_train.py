@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -237,6 +238,28 @@ def test_the_state_is_donated_to_the_next_piece():
     after, _ = programs.train(state, piece)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_the_first_step_does_not_wait_for_what_scores(monkeypatch):
+    trained, compile_scorer = threading.Event(), train.scoring.compile_scorer
+
+    def later(*args):
+        assert trained.wait(60)
+        return compile_scorer(*args)
+
+    monkeypatch.setattr(train.scoring, "compile_scorer", later)
+    config = small_config()
+    mesh = parallel.mesh(config)
+    data = train.load_data(config, mesh)
+    model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
+    state = train.initial_state(config, model, tx, (28, 28, 1), mesh)
+    programs = train.compile_programs(config, model, tx, state, data, mesh)
+    (piece,) = data.train.pieces(np.zeros((6, 1, 16), np.int32), 6)
+    # The state that the scorer would be compiled for is overwritten by then.
+    state, _ = programs.train(state, piece)
+    trained.set()
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    assert programs.score_test(variables)["count"] == data.test.size
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch):
