@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     for repetition in range(args.repetitions):
         found.append(run(args.device, {}))
         for point, seen in zip(points, speeds, strict=True):
-            point_of = {"batch_size": point["batch_size"]}
-            measured = scaling.run(point["network"], args.device, args.seconds, point_of)
+            size = {"batch_size": point["batch_size"]}
+            measured = scaling.run(point["network"], args.device, args.seconds, size)
             seen.append(measured["images_per_second"])
             print(
                 f"{repetition + 1}/{args.repetitions} {point}: {seen[-1]:,.0f} images/s", flush=True

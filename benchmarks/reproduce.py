@@ -85,10 +85,10 @@ def train_in_keras(recipe: str, seeds: list[int], runs: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.scripts.keras_recipe", recipe, str(len(seeds))]
     threads = str(max(1, environment.cores() // len(seeds)))
     names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+    env = os.environ | dict.fromkeys(names, threads)
     running = []
     for seed in seeds:
         file = runs.absolute() / f"{recipe}-keras-seed{seed}" / "summary.json"
-        env = os.environ | dict.fromkeys(names, threads)
         running.append(subprocess.Popen([*command, str(seed), str(file)], cwd=ROOT, env=env))
     # All of them, before one that failed ends this.
     codes = [process.wait() for process in running]

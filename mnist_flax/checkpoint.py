@@ -128,8 +128,8 @@ def restore(
 
 def _one_copy(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """Orbax has devices with the same array write a part each, and compiles a slice for each."""
-    several = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
-    return leaf.addressable_data(0) if several else leaf
+    replicated = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+    return leaf.addressable_data(0) if replicated else leaf
 
 
 def _crc32(state: TrainState) -> int:
