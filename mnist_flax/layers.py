@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from mnist_flax import cpu_conv, random_bits, tiles
+from mnist_flax import cpu_conv, pooling, random_bits, tiles
 from mnist_flax.errors import UserError
 
 # Up to so many, a kernel's gradient as outer products takes less time than as a matrix product.
@@ -31,7 +31,7 @@ class Conv(nn.Module):
         features: number of output channels.
         kernel_size: (KH, KW).
         padding: "VALID" or "SAME".
-        pool: whether a `max_pool` follows.
+        pool: whether a `pooling.max_pool` follows.
         dtype: computation dtype; parameters are always float32.
     """
 
@@ -52,11 +52,11 @@ class Conv(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """`max_pool` as a module, so that summaries and interceptors see it."""
+    """`pooling.max_pool` as a module, so that summaries and interceptors see it."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return max_pool(x)
+        return pooling.max_pool(x)
 
 
 class Dropout(nn.Module):
@@ -141,7 +141,7 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
 
 
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
-    """`max_pool(conv_relu(x, kernel, bias, padding))`, without the larger array on CPU.
+    """`pooling.max_pool(conv_relu(x, kernel, bias, padding))`, without the larger array on CPU.
 
     Bias and ReLU come after the pool: both keep the order of the numbers, so that the values and
     gradients are the same, for a quarter of the work.
@@ -149,7 +149,7 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
     Raises:
         UserError: the kernel does not fit into the image, or the pool into the output.
     """
-    _check_pool(conv_output_size(x.shape[1:3], kernel.shape[:2], padding))
+    pooling.check(conv_output_size(x.shape[1:3], kernel.shape[:2], padding))
     return lax.platform_dependent(
         x,
         kernel,
@@ -164,7 +164,7 @@ def _xla_conv_relu(x, kernel, bias, *, padding):
 
 
 def _xla_conv_relu_pool(x, kernel, bias, *, padding):
-    return nn.relu(max_pool(_xla_conv(x, kernel, padding)) + bias)
+    return nn.relu(pooling.max_pool(_xla_conv(x, kernel, padding)) + bias)
 
 
 def _xla_conv(x, kernel, padding):
@@ -203,47 +203,3 @@ def _sum_of_outer_products(x, g):
 
 
 _product_of_few.defvjp(_product_of_few_fwd, _product_of_few_bwd)
-
-
-@jax.custom_vjp
-def max_pool(x: jax.Array) -> jax.Array:
-    """2×2 max-pooling with stride 2 of [B, H, W, C]; an odd last row or column is left out.
-
-    Values and gradients are `flax.linen.max_pool(x, (2, 2), (2, 2))`'s: of equal numbers the
-    first in row-major order gets the gradient. What is kept for the gradient is one byte an
-    output, where XLA's own gradient keeps and scans the whole input again.
-
-    Raises:
-        UserError: the image is smaller than 2×2.
-    """
-    return _max_pool_fwd(x)[0]
-
-
-def _max_pool_fwd(x):
-    h, w = x.shape[1:3]
-    _check_pool((h, w))
-    corners = [x[:, i : h // 2 * 2 : 2, j : w // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)]
-    pooled, first = tiles.first_of_largest(*corners)
-    # The empty array tells the gradient the height and width, which odd sizes would lose.
-    return pooled, (first, jnp.empty((0, h, w)))
-
-
-def _check_pool(size):
-    if min(size) < 2:
-        raise UserError(
-            f"images are too small for this network: {size[0]}×{size[1]} pixels reach a 2×2 "
-            "max-pool; use larger images."
-        )
-
-
-def _max_pool_bwd(residuals, g):
-    first, empty = residuals
-    h, w = empty.shape[1:]
-    batch, oh, ow, channels = g.shape
-    position = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
-    dx = jnp.where(first[:, :, None, :, None] == position, g[:, :, None, :, None], 0)
-    dx = dx.reshape(batch, 2 * oh, 2 * ow, channels)
-    return (jnp.pad(dx, ((0, 0), (0, h - 2 * oh), (0, w - 2 * ow), (0, 0))),)
-
-
-max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)

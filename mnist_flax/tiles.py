@@ -51,6 +51,11 @@ def fit(x: jax.Array, h: int, w: int) -> jax.Array:
     return x[:, :h, :w]
 
 
+def splits(batch: int) -> bool:
+    """Whether a batch is split at all."""
+    return batch >= _LEAST_SPLIT
+
+
 def splitter(
     batch: int, bytes_per_image: int, block_bytes: int
 ) -> Callable[[jax.Array], jax.Array]:
@@ -59,7 +64,7 @@ def splitter(
     A batch that no good block size divides is filled up with zeros, which add nothing to sums.
     """
     most = max(1, batch)
-    if batch >= _LEAST_SPLIT:
+    if splits(batch):
         most = min(batch, max(1, block_bytes // bytes_per_image))
     divisor = max(n for n in range(1, most + 1) if batch % n == 0)
     size = divisor if 2 * divisor >= most else most
@@ -91,21 +96,3 @@ def sum_dtype(x: jax.Array) -> jnp.dtype:
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.dot` with sums, and so the result, in float32 at least."""
     return jnp.dot(a, b, preferred_element_type=sum_dtype(a))
-
-
-def first_of_largest(
-    a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The largest of four arrays and, as uint8, which of them has it first."""
-    top, bottom = jnp.maximum(a, b), jnp.maximum(c, d)
-    first = jnp.where(top >= bottom, jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3))
-    return jnp.maximum(top, bottom), first.astype(jnp.uint8)
-
-
-def relu_pool(
-    a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """ReLU of the largest of four and bias; as uint8 which gets the gradient, 4 for none."""
-    largest, first = first_of_largest(a, b, c, d)
-    y = largest + bias
-    return jax.nn.relu(y), jnp.where(y > 0, first, jnp.uint8(4))

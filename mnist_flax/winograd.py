@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mnist_flax import tiles
+from mnist_flax import pooling, tiles
 
 # Bytes of a block of the batch, transformed: a core's L2 cache.
 _BLOCK_BYTES = 2 * 2**20
@@ -47,7 +47,7 @@ def _conv_relu_fwd(x, kernel, bias, pool):
             y = _from_output_tiles(y.reshape(plan.m, plan.m, *y.shape[4:]), plan)
             y = jax.nn.relu(y + bias)
             return y, y > 0
-        pooled, choice = tiles.relu_pool(*(y[:, i, :, j] for i in (0, 1) for j in (0, 1)), bias)
+        pooled, choice = pooling.relu_pool(*(y[:, i, :, j] for i in (0, 1) for j in (0, 1)), bias)
         return _from_output_tiles(pooled, plan), choice
 
     blocks, choice = lax.map(forward, plan.split(x))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mnist_flax import cpu_conv, layers, tiles, winograd
+from mnist_flax import layers, pooling, side_by_side, tiles, winograd
 from mnist_flax.errors import UserError
 from tests.helpers import normal
 
@@ -45,12 +45,12 @@ def assert_same(conv, x, kernel, padding, tolerance, reference=None):
         np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("padding", "block_bytes"), [("VALID", 2**20), ("SAME", 50_000)])
+@pytest.mark.parametrize(("padding", "images"), [("VALID", 6), ("SAME", 2)])
 @pytest.mark.parametrize("kernel_size", [(1, 1), (3, 5), (4, 2)])
 @pytest.mark.parametrize("channels", [3, 32])
 @both
-def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, channels, block_bytes):
-    monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", block_bytes)
+def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, channels, images):
+    monkeypatch.setattr(side_by_side, "_MOST_IMAGES", images)
     monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
     x = normal(0, (6, 9, 12, channels))
     kernel = normal(1, (*kernel_size, channels, 7))
@@ -99,15 +99,18 @@ def test_conv_in_bfloat16_sums_in_float32(channels):
 @pytest.mark.parametrize("batch", [1, 7, 12])
 def test_blocks_of_the_batch(monkeypatch, batch):
     monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
+    monkeypatch.setattr(side_by_side, "_MOST_IMAGES", 5)
     x, kernel = normal(0, (batch, 6, 6, 16)), normal(1, (3, 3, 16, 8))
-    bytes_per_image = 6 * 6 * (3 * 16 + 8) * 4
-    monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", 5 * bytes_per_image)
     assert_same(layers.conv_relu, x, kernel, "VALID", 4e-6)
-    blocks = cpu_conv._plan(x, kernel)[2](x)
-    # Five fit; a batch of 7, which only 1 divides, is filled up to two blocks of 5.
-    assert blocks.shape[1] == {1: 1, 7: 5, 12: 4}[batch]
-    monkeypatch.setattr(tiles, "_LEAST_SPLIT", 13)
-    assert cpu_conv._plan(x, kernel)[2](x).shape[:2] == (1, batch)
+
+
+def test_splitter(monkeypatch):
+    def shape(batch):
+        return tiles.splitter(batch, 100, 599)(jnp.zeros((batch, 2))).shape
+
+    # Five fit; a batch of 37, which only 1 divides, is filled up to eight blocks of 5.
+    assert (shape(37), shape(16), shape(20)) == ((8, 5, 2), (4, 4, 2), (4, 5, 2))
+    assert shape(15) == (1, 15, 2)
 
 
 @both
@@ -146,7 +149,7 @@ def test_max_pool_is_linens(shape, dtype, ties):
 
         return run(x, g)
 
-    y, dx = with_gradient(layers.max_pool)
+    y, dx = with_gradient(pooling.max_pool)
     expected, expected_dx = with_gradient(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(dx, expected_dx)
@@ -154,7 +157,7 @@ def test_max_pool_is_linens(shape, dtype, ties):
 
 def test_max_pool_keeps_nan():
     x = jnp.ones((1, 2, 2, 1)).at[0, 1, 0, 0].set(jnp.nan)
-    assert jnp.isnan(layers.max_pool(x)).all()
+    assert jnp.isnan(pooling.max_pool(x)).all()
 
 
 @pytest.mark.parametrize("pool", [False, True])
@@ -209,7 +212,7 @@ def test_images_too_small_are_refused():
     with pytest.raises(UserError, match="4×9 pixels reach a 5×5 convolution"):
         layers.conv_relu(normal(0, (1, 4, 9, 1)), kernel, bias, "VALID")
     with pytest.raises(UserError, match="1×3 pixels reach a 2×2 max-pool"):
-        layers.max_pool(normal(0, (1, 1, 3, 1)))
+        pooling.max_pool(normal(0, (1, 1, 3, 1)))
     with pytest.raises(UserError, match="1×3 pixels reach a 2×2 max-pool"):
         layers.conv_relu_pool(normal(0, (1, 5, 7, 1)), kernel, bias, "VALID")
 

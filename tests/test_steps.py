@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from mnist_flax import batches, datasets, layers, models, optim, state, steps
+from mnist_flax import batches, datasets, layers, models, optim, pooling, state, steps
 from tests.helpers import integers, random_state, uniform
 
 
@@ -221,7 +221,7 @@ def test_a_hundred_steps_follow_the_plain_convolution(monkeypatch, network, opti
 
     monkeypatch.setattr(layers, "conv_relu", conv_relu)
     monkeypatch.setattr(layers, "conv_relu_pool", lambda *operands: pool(conv_relu(*operands)))
-    monkeypatch.setattr(layers, "max_pool", pool)
+    monkeypatch.setattr(pooling, "max_pool", pool)
     plain = losses()
     assert len(ours) == 100 and np.mean(ours[-10:]) < np.mean(ours[:10])
     np.testing.assert_allclose(ours[:30], plain[:30], rtol=2e-6)

@@ -1,0 +1,69 @@
+"""2×2 max-pooling with stride 2."""
+
+import jax
+import jax.numpy as jnp
+
+from mnist_flax.errors import UserError
+
+
+@jax.custom_vjp
+def max_pool(x: jax.Array) -> jax.Array:
+    """2×2 max-pooling with stride 2 of [B, H, W, C]; an odd last row or column is left out.
+
+    Values and gradients are `flax.linen.max_pool(x, (2, 2), (2, 2))`'s: of equal numbers the
+    first in row-major order gets the gradient. What is kept for the gradient is one byte an
+    output, where XLA's own gradient keeps and scans the whole input again.
+
+    Raises:
+        UserError: the image is smaller than 2×2.
+    """
+    return _max_pool_fwd(x)[0]
+
+
+def _max_pool_fwd(x):
+    h, w = x.shape[1:3]
+    check((h, w))
+    corners = [x[:, i : h // 2 * 2 : 2, j : w // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)]
+    pooled, first = first_of_largest(*corners)
+    # The empty array tells the gradient the height and width, which odd sizes would lose.
+    return pooled, (first, jnp.empty((0, h, w)))
+
+
+def _max_pool_bwd(residuals, g):
+    first, empty = residuals
+    h, w = empty.shape[1:]
+    batch, oh, ow, channels = g.shape
+    position = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
+    dx = jnp.where(first[:, :, None, :, None] == position, g[:, :, None, :, None], 0)
+    dx = dx.reshape(batch, 2 * oh, 2 * ow, channels)
+    return (jnp.pad(dx, ((0, 0), (0, h - 2 * oh), (0, w - 2 * ow), (0, 0))),)
+
+
+max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def check(size: tuple[int, int]) -> None:
+    """Raises UserError if an image of that height and width is smaller than a pool."""
+    if min(size) < 2:
+        raise UserError(
+            f"images are too small for this network: {size[0]}×{size[1]} pixels reach a 2×2 "
+            "max-pool; use larger images."
+        )
+
+
+def first_of_largest(
+    a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The largest of four arrays and, as uint8, which of them has it first."""
+    top, bottom = jnp.maximum(a, b), jnp.maximum(c, d)
+    first = jnp.where(top >= bottom, jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3))
+    return jnp.maximum(top, bottom), first.astype(jnp.uint8)
+
+
+def relu_pool(
+    a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """ReLU of the largest of four and bias; as uint8 which gets the gradient, 4 for none."""
+    largest, first = first_of_largest(a, b, c, d)
+    y = largest + bias
+    return jax.nn.relu(y), jnp.where(y > 0, first, jnp.uint8(4))
