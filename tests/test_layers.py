@@ -45,13 +45,14 @@ def assert_same(conv, x, kernel, padding, tolerance, reference=None):
         np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("padding", "images"), [("VALID", 6), ("SAME", 2)])
+@pytest.mark.parametrize(("padding", "images"), [("VALID", 6), ("SAME", 2), ("VALID", None)])
 @pytest.mark.parametrize("kernel_size", [(1, 1), (3, 5), (4, 2)])
 @pytest.mark.parametrize("channels", [3, 32])
 @both
 def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, channels, images):
-    monkeypatch.setattr(side_by_side, "_MOST_IMAGES", images)
-    monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
+    if images:
+        monkeypatch.setattr(side_by_side, "_MOST_IMAGES", images)
+        monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
     x = normal(0, (6, 9, 12, channels))
     kernel = normal(1, (*kernel_size, channels, 7))
     assert_same(conv, x, kernel, padding, 4e-6)
@@ -94,6 +95,19 @@ def test_conv_in_bfloat16_sums_in_float32(channels):
     exact = reference_conv(x.astype(jnp.float32), kernel.astype(jnp.float32), 0, "VALID")
     y = jax.jit(partial(layers.conv_relu, padding="VALID"))(x, kernel, zero)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 50])
+@both
+def test_gradients_in_bfloat16(conv, batch):
+    x = normal(0, (batch, 8, 8, 40), jnp.bfloat16)
+    kernel = normal(1, (3, 3, 40, 8), jnp.bfloat16)
+
+    def reference(*operands):
+        wide = (a.astype(jnp.float32) for a in operands[:3])
+        return REFERENCES[conv](*wide, operands[3]).astype(jnp.bfloat16)
+
+    assert_same(conv, x, kernel, "SAME", 2e-2, reference)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 12])
