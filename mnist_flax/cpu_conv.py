@@ -3,8 +3,8 @@
 | convolution | form | products |
 |---|---|---|
 | 3×3 to 5×5, 32 channels and features or more, float32 | `winograd.conv_relu` | 4/25 to 4/9 |
-| other in float32, not pooled, or fewer than 16 images | `_by_patches`: patches of KH·KW·C | all |
-| other | `side_by_side.conv_relu`: several images side by side | up to 16/9 |
+| other in float32, not pooled or in a batch of fewer than 16 | `_by_patches` | all |
+| other | `side_by_side.conv_relu` | all, or up to 16/9 if pooled |
 
 `benchmarks/NOTES.md` has the measurements behind this table. All have gradients written out:
 autodiff would turn the gradient of patches into KH·KW padded additions over the whole input.
@@ -104,4 +104,4 @@ def _patches(x, kernel):
 def _splitter(x, kernel):
     batch, h, w, _ = x.shape
     numbers = kernel.size // kernel.shape[3] + kernel.shape[3]
-    return tiles.splitter(batch, h * w * numbers * x.dtype.itemsize, _BLOCK_BYTES)
+    return tiles.splitter(batch, _BLOCK_BYTES // (h * w * numbers * x.dtype.itemsize))

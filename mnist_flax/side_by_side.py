@@ -24,7 +24,7 @@ _MOST_IMAGES = 25
 
 def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool: int) -> jax.Array:
     """ReLU of a 'valid' convolution of x [B, H, W, C], pool×pool max-pooled; pool is 1 or 2."""
-    split = tiles.splitter(len(x), 1, _MOST_IMAGES)
+    split = tiles.splitter(len(x), _MOST_IMAGES)
     return tiles.join(_swap(_blocks(_swap(split(x)), kernel, bias, pool)), len(x))
 
 

@@ -56,16 +56,12 @@ def splits(batch: int) -> bool:
     return batch >= _LEAST_SPLIT
 
 
-def splitter(
-    batch: int, bytes_per_image: int, block_bytes: int
-) -> Callable[[jax.Array], jax.Array]:
-    """A function from [B, ...] to [blocks, block, ...] with blocks of at most so many bytes.
+def splitter(batch: int, most: int) -> Callable[[jax.Array], jax.Array]:
+    """A function from [B, ...] to [blocks, block, ...] with blocks of at most so many images.
 
     A batch that no good block size divides is filled up with zeros, which add nothing to sums.
     """
-    most = max(1, batch)
-    if splits(batch):
-        most = min(batch, max(1, block_bytes // bytes_per_image))
+    most = max(1, min(batch, most) if splits(batch) else batch)
     divisor = max(n for n in range(1, most + 1) if batch % n == 0)
     size = divisor if 2 * divisor >= most else most
     blocks = -(-batch // size)

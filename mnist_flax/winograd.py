@@ -129,7 +129,7 @@ def _plan(x, kernel, pool):
     size, count, _ = tiling(m)
     q = m // stride
     numbers = math.prod(size) * math.prod(count) * 2 * (c + features)
-    split = tiles.splitter(len(x), numbers * x.dtype.itemsize, _BLOCK_BYTES)
+    split = tiles.splitter(len(x), _BLOCK_BYTES // (numbers * x.dtype.itemsize))
     return _Plan(m, size, count, out, q, *_matrices(m, kh, kw), split)
 
 

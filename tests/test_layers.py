@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mnist_flax import layers, pooling, side_by_side, tiles, winograd
+from mnist_flax import cpu_conv, layers, pooling, side_by_side, tiles, winograd
 from mnist_flax.errors import UserError
 from tests.helpers import normal
 
@@ -52,6 +52,7 @@ def assert_same(conv, x, kernel, padding, tolerance, reference=None):
 def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, channels, images):
     if images:
         monkeypatch.setattr(side_by_side, "_MOST_IMAGES", images)
+        monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", 25_000 * images)
         monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
     x = normal(0, (6, 9, 12, channels))
     kernel = normal(1, (*kernel_size, channels, 7))
@@ -111,20 +112,21 @@ def test_gradients_in_bfloat16(conv, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 12])
-def test_blocks_of_the_batch(monkeypatch, batch):
+@both
+def test_blocks_of_the_batch(monkeypatch, conv, batch):
     monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
+    # Five fit; a batch of 7, which only 1 divides, is filled up to two blocks of 5.
     monkeypatch.setattr(side_by_side, "_MOST_IMAGES", 5)
+    bytes_per_image = 6 * 6 * (3 * 3 * 16 + 8) * 4
+    monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", 6 * bytes_per_image - 1)
     x, kernel = normal(0, (batch, 6, 6, 16)), normal(1, (3, 3, 16, 8))
-    assert_same(layers.conv_relu, x, kernel, "VALID", 4e-6)
-
-
-def test_splitter(monkeypatch):
-    def shape(batch):
-        return tiles.splitter(batch, 100, 599)(jnp.zeros((batch, 2))).shape
-
-    # Five fit; a batch of 37, which only 1 divides, is filled up to eight blocks of 5.
-    assert (shape(37), shape(16), shape(20)) == ((8, 5, 2), (4, 4, 2), (4, 5, 2))
-    assert shape(15) == (1, 15, 2)
+    assert_same(conv, x, kernel, "VALID", 4e-6)
+    program = str(jax.make_jaxpr(partial(conv, padding="VALID"))(x, kernel, jnp.zeros(8)))
+    blocks = {1: 1, 7: 2, 12: 3}[batch]
+    assert f"length={blocks}\n" in program
+    monkeypatch.setattr(tiles, "_LEAST_SPLIT", 13)
+    program = str(jax.make_jaxpr(partial(conv, padding="VALID"))(x, kernel, jnp.zeros(8)))
+    assert "length=1\n" in program
 
 
 @both

@@ -227,7 +227,8 @@ def test_the_best_is_not_chosen_by_images_of_the_test_set(tmp_path, monkeypatch)
     assert saved == [None]
 
 
-def test_the_state_is_donated_to_the_next_piece():
+def compiled():
+    """A state, the data, what is compiled for them and six steps' examples."""
     config = small_config()
     mesh = parallel.mesh(config)
     data = train.load_data(config, mesh)
@@ -235,6 +236,11 @@ def test_the_state_is_donated_to_the_next_piece():
     state = train.initial_state(config, model, tx, (28, 28, 1), mesh)
     programs = train.compile_programs(config, model, tx, state, data, mesh)
     (piece,) = data.train.pieces(np.zeros((6, 1, 16), np.int32), 6)
+    return state, data, programs, piece
+
+
+def test_the_state_is_donated_to_the_next_piece():
+    state, _, programs, piece = compiled()
     after, _ = programs.train(state, piece)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
@@ -248,13 +254,7 @@ def test_the_first_step_does_not_wait_for_what_scores(monkeypatch):
         return compile_scorer(*args)
 
     monkeypatch.setattr(train.scoring, "compile_scorer", later)
-    config = small_config()
-    mesh = parallel.mesh(config)
-    data = train.load_data(config, mesh)
-    model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
-    state = train.initial_state(config, model, tx, (28, 28, 1), mesh)
-    programs = train.compile_programs(config, model, tx, state, data, mesh)
-    (piece,) = data.train.pieces(np.zeros((6, 1, 16), np.int32), 6)
+    state, data, programs, piece = compiled()
     # The state that the scorer would be compiled for is overwritten by then.
     state, _ = programs.train(state, piece)
     trained.set()
