@@ -25,8 +25,8 @@ def run(recipe: str, at_once: str, seed: str, file: str) -> None:
     config = recipes.config(recipe)
     train = datasets.load(config.data.name, config.data.train_split)
     test = datasets.load(config.data.name, config.data.test_split)
-    # For weights and dropout. Where TensorFlow is seeded too, as `keras.utils.set_random_seed` does,
-    # `fit` takes the examples in one and the same order in every epoch; the tutorials' did not.
+    # For weights and dropout. `keras.utils.set_random_seed` seeds TensorFlow too, with which `fit`
+    # takes the examples in one and the same order in every epoch; the tutorials' did not.
     random.seed(int(seed))
     model = keras_fit.network(spec_of(config.model))
     model.compile(
