@@ -5,7 +5,8 @@
     python -m benchmarks.reproduce --keras                      # the same recipes in Keras
 
 A run that is stopped goes on where it was, and a finished one is not repeated. What counts is
-the accuracy after the last epoch; no epoch is picked.
+the accuracy after the last epoch; no epoch is picked. The table is of all finished runs in the
+folder of runs.
 """
 
 import json
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
                 train(recipe, left[0], count, args.runs)
                 del left[:count]
             write(args.runs, args.results)
+    write(args.runs, args.results)
 
 
 def train(recipe: str, first: int, count: int, runs: Path) -> None:
@@ -85,7 +87,7 @@ def train_in_keras(recipe: str, seeds: list[int], runs: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.scripts.keras_recipe", recipe, str(len(seeds))]
     threads = str(max(1, environment.cores() // len(seeds)))
     names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
-    env = os.environ | dict.fromkeys(names, threads)
+    env = os.environ | dict.fromkeys(names, threads) | {"KERAS_BACKEND": "tensorflow"}
     running = []
     for seed in seeds:
         file = runs.absolute() / f"{recipe}-keras-seed{seed}" / "summary.json"

@@ -2,7 +2,7 @@
 
 FILE ends in .keras, .h5 (for `keras.models.load_model`) or .weights.h5 (for `load_weights`).
 Neither Keras nor TensorFlow is needed. The model takes images in [0, 1] and gives probabilities;
-it is not compiled.
+it is not compiled, and computes in float32, whatever the run was trained with.
 """
 
 import argparse

@@ -49,7 +49,9 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         and number. "layers" lists all layers in the file's order as [name, arrays], an array as
         {"shape": ..., "key": ..., "problem": why it was not read, or None}.
     """
-    if zipfile.is_zipfile(path):
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped:
         with zipfile.ZipFile(path) as archive:
             config = _member(archive, "config.json", _MOST_CONFIG_BYTES).decode()
             weights = io.BytesIO(_member(archive, "model.weights.h5", _MOST_BYTES))
@@ -94,6 +96,8 @@ def _problem(dataset: h5py.Dataset) -> str | None:
     whole = dataset.id.get_storage_size() == dataset.nbytes
     if dataset.chunks or dataset.is_virtual or dataset.external or not whole:
         return f"{dataset.name} is not stored as Keras stores it"
+    if dataset.file.attrs.get("backend") in ("theano", b"theano"):
+        return "Theano mirrors kernels: load it in Keras 2 on TensorFlow and save it again"
     return None
 
 
@@ -128,8 +132,12 @@ def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
     info = archive.getinfo(name)
     if info.file_size > most:
         raise ValueError(f"{name} in it unpacks to {info.file_size:,} bytes")
-    # No more than `file_size` is unpacked, whatever the compressed data says.
-    return archive.read(info)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # The decoders of the others unpack without a limit.
+        raise ValueError(f"{name} in it is compressed as Keras does not")
+    with archive.open(info) as file:
+        # Told how much, it unpacks no more, whatever the compressed data says.
+        return file.read(info.file_size)
 
 
 def _member_of(parent: h5py.Group, path: str, kind: type) -> Any:

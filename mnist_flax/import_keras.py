@@ -99,8 +99,8 @@ def import_file(
         "position": train.Position().record(),
     }
     # Under another name until it is whole.
-    temporary = run_dir.with_name(f".{run_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    run_dir = Path(os.path.abspath(run_dir))
+    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         rundir.create(temporary, config)
@@ -117,10 +117,13 @@ def import_file(
 def _check_folder(run_dir: Path) -> None:
     try:
         in_use = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+        # Its place is taken by another folder.
+        current = run_dir.resolve() == Path.cwd()
     except OSError as error:
         raise UserError(f"{run_dir} cannot be used ({error.strerror}): name another") from None
-    if in_use:
-        raise UserError(f"{run_dir} is in use: name a new or an empty folder")
+    if in_use or current:
+        is_what = "is in use" if in_use else "is the current folder"
+        raise UserError(f"{run_dir} {is_what}: name a new or an empty folder")
 
 
 def recognise(content: Content, name: str | None) -> tuple[str, nn.Module, tuple[int, ...]]:
@@ -176,6 +179,8 @@ def params_of(
                 raise UserError(f"the {key} of {layer} has the shape {array.shape}, not {shape}")
             if array.problem:
                 raise UserError(array.problem)
+            if not np.isfinite(array.values).all():
+                raise UserError(f"the {key} of {layer} has numbers that are NaN or infinite")
             params[layer][key] = array.values
     return params
 

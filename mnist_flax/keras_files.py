@@ -58,6 +58,9 @@ def read(path: Path) -> Content:
         UserError: the file is not there, is damaged or none of Keras's.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            # To open a pipe would wait for a writer.
+            raise UserError(f"{path} is no file: name one")
         with path.open("rb") as file:
             start = file.read(8)
     except OSError as error:

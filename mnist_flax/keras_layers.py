@@ -193,7 +193,10 @@ def describe(config: Config) -> Described:
         most = (_MOST_PIXELS, _MOST_PIXELS, _MOST_CHANNELS)
         for size, limit in zip(shape[1:], most, strict=True):
             if type(size) is not int or not 0 < size <= limit:
-                raise UserError(f"its images are of the shape {shape[1:]}")
+                raise UserError(
+                    f"its images are of the shape {shape[1:]}, not height, width and channels in "
+                    f"numbers up to {_MOST_PIXELS}, {_MOST_PIXELS} and {_MOST_CHANNELS}"
+                )
         image_shape = tuple(shape[1:])
     order = [(name, layer["class_name"]) for name, layer in layers.items()]
     return Described(nodes, node_names, image_shape, order)

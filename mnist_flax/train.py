@@ -196,8 +196,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         raise signals.Stopped(received[0])
 
     score = programs.score_test(state_lib.variables(state))
+    check_finite("the test loss", [score["loss"]], position)
     images = data.train.size * config.num_seeds
     rows = rundir.read_metrics(run_dir)
+    seconds = sum(row["seconds"] for row in rows)
     summary = {
         "config_name": config.name,
         "dataset": config.data.name,
@@ -210,7 +212,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         **_over_seeds(config, {f"test_{key}": score[key] for key in ("loss", "accuracy")}),
         "wall_seconds": earlier + time.perf_counter() - began,
         "compile_seconds": position.compile_seconds,
-        "images_per_second": len(rows) * images / sum(r["seconds"] for r in rows),
+        # None where the lines of all epochs were deleted.
+        "images_per_second": len(rows) * images / seconds if rows else None,
         "device": device,
         "versions": constants["versions"],
     }
@@ -269,16 +272,33 @@ def initial_state(
     """The state before the first step, determined by `config.seed`, on every device.
 
     With several seeds it has a leading axis of seeds, dealt out to the devices.
+
+    Raises:
+        UserError: so many seeds take more memory than is free.
     """
     create = partial(state_lib.create, model=model, tx=tx, image_shape=image_shape)
     seeds, sharding = np.uint32(config.seed), parallel.replicated(mesh)
     if config.num_seeds > 1:
         create, sharding = jax.vmap(create), parallel.dealt_out(mesh)
+        abstract = jax.ShapeDtypeStruct((config.num_seeds,), np.uint32)
+        _check_memory(config.num_seeds, jax.eval_shape(create, abstract), mesh)
         seeds = np.array(seeds_of(config), np.uint32)
     # Jitted, as Linen's initialisation run op by op compiles a program for each op; and barely
     # optimised, as it runs once: compiling it well takes two seconds longer.
     options = {"xla_backend_optimization_level": 0}
     return jax.jit(create, out_shardings=sharding, compiler_options=options)(seeds)
+
+
+def _check_memory(num_seeds: int, states: TrainState, mesh: Mesh) -> None:
+    """Raises UserError if the states of so many seeds take more memory than is free."""
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
+    host, device = environment.free_memory()
+    free = host if device is None else device * mesh.shape[parallel.SEEDS]
+    if needed > free:
+        raise UserError(
+            f"{num_seeds:,} seeds need {needed / 2**30:.1f} GiB for weights and optimiser, and "
+            f"{free / 2**30:.1f} GiB are free: set a lower num_seeds"
+        )
 
 
 def seeds_of(config: ConfigDict) -> range:
@@ -427,11 +447,12 @@ def _check_finite(
         if config.num_seeds > 1:
             by_seed = finite.reshape(config.num_seeds, -1).all(axis=1)
             what += f" of seed {seeds_of(config)[int(by_seed.argmin())]}"
+        epoch = min(position.epoch + 1, config.epochs)
         saved = manager.latest_step()
         kept = (
             f"the checkpoint of step {saved:,} is kept" if saved else "there is no checkpoint yet"
         )
         raise UserError(
-            f"training diverged in epoch {position.epoch + 1}: {what} became NaN or infinite "
+            f"training diverged in epoch {epoch}: {what} became NaN or infinite "
             f"({kept}); try a lower learning_rate than {config.learning_rate:g} in a new run folder"
         )

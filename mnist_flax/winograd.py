@@ -2,7 +2,9 @@
 
 Tiles of the input and the kernel are transformed so that m×m outputs take (m + KH - 1)·(m + KW - 1)
 products instead of m²·KH·KW: 64 instead of 400 for 4×4 outputs of a 5×5 kernel, 16 instead of 36
-for 2×2 of a 3×3. The price is accuracy, at 5×5 an error of about 1e-5 of the largest output.
+for 2×2 of a 3×3. The price is accuracy, at 5×5 an error of about 1e-5 of the largest output, and
+that where an output is exactly zero, as of a blank part of an image before the first update of the
+biases, rounding decides whether ReLU passes the gradient to the bias.
 """
 
 import math
@@ -26,12 +28,12 @@ def suits(x: jax.Array, kernel: jax.Array) -> bool:
     # In bfloat16 the transforms lose too much; narrow layers have too few products to save.
     *size, c, features = kernel.shape
     wide = min(c, features) >= 32
-    return x.dtype == jnp.float32 and wide and min(size) >= 3 and max(size) <= 5
+    return x.dtype != jnp.bfloat16 and wide and min(size) >= 3 and max(size) <= 5
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool: bool) -> jax.Array:
-    """ReLU of a 'valid' convolution of float32 x [B, H, W, C], 2×2 max-pooled with `pool`."""
+    """ReLU of a 'valid' convolution of x [B, H, W, C], 2×2 max-pooled with `pool`."""
     return _conv_relu_fwd(x, kernel, bias, pool)[0]
 
 
@@ -130,7 +132,8 @@ def _plan(x, kernel, pool):
     q = m // stride
     numbers = math.prod(size) * math.prod(count) * 2 * (c + features)
     split = tiles.splitter(len(x), _BLOCK_BYTES // (numbers * x.dtype.itemsize))
-    return _Plan(m, size, count, out, q, *_matrices(m, kh, kw), split)
+    matrices = (matrix.astype(x.dtype) for matrix in _matrices(m, kh, kw))
+    return _Plan(m, size, count, out, q, *matrices, split)
 
 
 @cache
@@ -150,7 +153,7 @@ def _matrices(m, kh, kw):
 
         return values(m).T, values(k), np.linalg.inv(values(n)).T
 
-    return tuple(np.kron(a, b).astype(np.float32) for a, b in zip(one(kh), one(kw), strict=True))
+    return tuple(np.kron(a, b) for a, b in zip(one(kh), one(kw), strict=True))
 
 
 def _transformed_kernel(kernel, plan):

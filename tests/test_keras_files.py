@@ -1,9 +1,12 @@
 """Keras's files without Keras; real Keras reads what is written where it is installed."""
 
 import json
+import os
 import shutil
+import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -11,16 +14,19 @@ import h5py
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from mnist_flax import config as config_lib
 from mnist_flax import (
     datasets,
+    evaluate,
     export_keras,
     hdf5_reader,
     import_keras,
     keras_files,
     keras_layers,
     models,
+    predict,
     train,
     trained,
 )
@@ -152,14 +158,16 @@ def test_real_keras_loads_what_is_exported(keras, name, suffix, tmp_path):
     if suffix == ".weights.h5":
         model = keras_networks.create(name)
         model.load_weights(path)
+        assert_equal(keras_networks.params_of(model), run.variables["params"])
     else:
         model = keras.models.load_model(path)
         theirs = keras_networks.create(name)
         assert [type(layer) for layer in model.layers] == [type(layer) for layer in theirs.layers]
+        rates = [[getattr(layer, "rate", None) for layer in m.layers] for m in (model, theirs)]
+        assert rates[0] == rates[1]
         # In the order of the layers, and the export's names are Keras's own.
         theirs.set_weights(model.get_weights())
-        model = theirs
-    assert_equal(keras_networks.params_of(model), run.variables["params"])
+        assert_equal(keras_networks.params_of(theirs), run.variables["params"])
     images = uniform(3, (4, 28, 28, 1))
     logits = run.model.apply(run.variables, images)
     np.testing.assert_allclose(model(images), jax.nn.softmax(logits), atol=1e-6)
@@ -216,6 +224,42 @@ def test_real_keras_scores_the_test_images_identically(keras, mnist_run, suffix,
     assert back.evaluate() == run.evaluate()
 
 
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("branched", ".keras"),
+        ("convnet", ".h5"),
+        ("double_conv_3x3", ".weights.h5"),
+        ("double_conv_5x5", ".keras"),
+        ("single_conv_5x5", ".h5"),
+        ("baseline", ".weights.h5"),
+        ("larger", ".weights.h5"),
+    ],
+)
+def test_every_network_scores_the_test_images_as_in_real_keras(
+    keras, mnist, prepared, name, suffix, tmp_path, monkeypatch
+):
+    from tests import keras_networks
+
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    run, path = loaded(name), tmp_path / f"model{suffix}"
+    export_keras.export_file(run, path)
+    if suffix == ".weights.h5":
+        model = keras_networks.create(name)
+        model.load_weights(path)
+    else:
+        model = keras.models.load_model(path)
+    data = datasets.load("mnist", "test")
+    model.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    images = data.images / np.float32(255)
+    loss, accuracy = model.evaluate(images, data.labels, batch_size=500, verbose=0)
+    run.config.data.name = "mnist"
+    ours = run.evaluate("test")
+    assert ours["count"] == 10_000
+    assert round(ours["accuracy"] * 10_000) == round(accuracy * 10_000)
+    assert ours["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_neither_keras_nor_tensorflow_is_imported(tmp_path):
     code = (
         "import sys; from pathlib import Path; from mnist_flax import import_keras, trained, "
@@ -239,6 +283,26 @@ def test_the_programs(tmp_path, capsys, monkeypatch):
     assert f"keras.models.load_model({out!r})" in printed
     with pytest.raises(UserError, match="out.keras exists: delete it or name another"):
         export_keras.main()
+
+
+def test_an_imported_run_is_evaluated_and_predicts(tmp_path, capsys, monkeypatch):
+    run, run_dir = loaded("baseline"), str(tmp_path / "run")
+    export_keras.export_file(run, tmp_path / "model.keras")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    import_keras.import_file(Path("model.keras"), Path("run"), dataset="digits")
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["evaluate", run_dir])
+    evaluate.main()
+    data = datasets.load("digits", "test")
+    images = data.images / np.float32(255)
+    logits = run.model.apply(run.variables, images)
+    right = int((np.asarray(logits).argmax(1) == data.labels).sum())
+    assert f"({right:,} of {len(data.labels):,} right)" in capsys.readouterr().out
+    Image.fromarray(data.images[3, :, :, 0]).save(tmp_path / "digit.png")
+    monkeypatch.setattr("sys.argv", ["predict", run_dir, "digit.png"])
+    predict.main()
+    assert f"class {np.asarray(logits)[3].argmax()} (" in capsys.readouterr().out
 
 
 def test_a_network_is_not_scored_on_images_of_another_shape(tmp_path):
@@ -408,6 +472,21 @@ def test_a_folder_in_use_is_refused(tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["diary.txt"]
 
 
+@pytest.mark.parametrize("name", ["", ".", "../here"])
+def test_the_current_folder_is_refused(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the current folder: name a new or an empty"):
+        import_keras.import_file(FOLDER / FILES[0], Path(name))
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "model.h5")
+    with pytest.raises(UserError, match="is no file"):
+        import_keras.import_file(tmp_path / "model.h5", tmp_path / "run")
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_cut_short_is_damaged(file, tmp_path):
     whole, path = (FOLDER / file).read_bytes(), tmp_path / file
@@ -471,6 +550,11 @@ def virtual(parent, kernel):
     parent.create_virtual_dataset("kernel:0", layout)
 
 
+def theano(parent, kernel):
+    parent["kernel:0"] = kernel
+    parent.file.attrs["backend"] = "theano"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -492,6 +576,8 @@ def virtual(parent, kernel):
         (lambda p, k: p.create_dataset("kernel:0", data=k.astype("f8")), "is float64 instead"),
         (lambda p, k: p.create_dataset("kernel:0", data=k[0, 0, 0]), "has the shape"),
         (lambda p, k: p.create_dataset("kernel:0", (0, 0, 0, 0), "f4"), "has the shape"),
+        (lambda p, k: p.create_dataset("kernel:0", data=k + np.nan), "numbers that are NaN"),
+        (theano, "Theano mirrors kernels"),
     ],
 )
 @pytest.mark.usefixtures("read_here")
@@ -529,6 +615,27 @@ def test_a_hostile_archive_is_refused(members, message, tmp_path):
     assert path.stat().st_size < 2**20
     with pytest.raises(UserError, match=message):
         taken(path)
+
+
+def test_an_archive_that_understates_its_sizes_is_not_unpacked(tmp_path):
+    path = archive(tmp_path / "hostile.keras", **{"config.json": b"{}" + b" " * 2**28})
+    content, stated = bytearray(path.read_bytes()), struct.pack("<I", 2**28 + 2)
+    # In front of the member and in the directory at the end.
+    assert content.count(stated) == 2
+    path.write_bytes(content.replace(stated, struct.pack("<I", 2)))
+    tracemalloc.start()
+    with pytest.raises(Exception, match="Bad CRC-32"):
+        hdf5_reader.read(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("read_here")
+def test_an_archive_compressed_otherwise_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "hostile.keras", "w", zipfile.ZIP_LZMA) as target:
+        target.writestr("config.json", "{}")
+    with pytest.raises(UserError, match="is compressed as Keras does not"):
+        taken(tmp_path / "hostile.keras")
 
 
 def test_a_network_that_goes_in_circles_is_refused(tmp_path):

@@ -54,6 +54,18 @@ def test_each_seed_is_a_run_of_its_own(whole_run, tmp_path):
     assert ours.evaluate()["accuracy"] == summary["seeds"][1]["test_accuracy"]
 
 
+def test_several_seeds_of_a_device_are_runs_of_their_own(tmp_path):
+    """Three seeds on one device, where each takes its turn."""
+    overrides = {"num_seeds": 3, "parallel": 1, "epochs": 1, "data.watch_split": ""}
+    ours = train.train_and_evaluate(seeds_config(**overrides), tmp_path / "three")["seeds"][2]
+    overrides |= {"num_seeds": 1, "seed": 9}
+    expected = train.train_and_evaluate(seeds_config(**overrides), tmp_path / "one")
+    assert ours["seed"] == 9
+    assert ours["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
+    ours, expected = trained.load(tmp_path / "three", seed=9), trained.load(tmp_path / "one")
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), ours.variables, expected.variables)
+
+
 def test_the_summary_has_each_seed_and_their_statistics(whole_run):
     run_dir, summary = whole_run
     assert json.loads((run_dir / "summary.json").read_text()) == summary
@@ -73,7 +85,8 @@ def test_the_summary_has_each_seed_and_their_statistics(whole_run):
 
 def test_a_stopped_run_of_several_seeds_resumes_bit_for_bit(whole_run, tmp_path, monkeypatch):
     run_dir, summary = whole_run
-    epoch_row = train._epoch_row
+    config = seeds_config(**{"checkpoint.every_steps": 2})
+    epoch_row, advance = train._epoch_row, train.report.advance
 
     def stop(*args):
         signals.signal.raise_signal(signals.signal.SIGTERM)
@@ -81,9 +94,19 @@ def test_a_stopped_run_of_several_seeds_resumes_bit_for_bit(whole_run, tmp_path,
 
     monkeypatch.setattr(train, "_epoch_row", stop)
     with pytest.raises(signals.Stopped):
-        train.train_and_evaluate(seeds_config(), tmp_path)
+        train.train_and_evaluate(config, tmp_path)
     monkeypatch.undo()
-    resumed = train.train_and_evaluate(seeds_config(), tmp_path)
+
+    def stop_inside(bar, position):
+        signals.signal.raise_signal(signals.signal.SIGTERM)
+        return advance(bar, position)
+
+    monkeypatch.setattr(train.report, "advance", stop_inside)
+    with pytest.raises(signals.Stopped):
+        train.train_and_evaluate(config, tmp_path)
+    monkeypatch.undo()
+    assert trained.load(tmp_path, seed=7).step == 7
+    resumed = train.train_and_evaluate(config, tmp_path)
     assert resumed["seeds"] == summary["seeds"]
     for seed in (7, 8):
         ours, expected = (trained.load(folder, seed=seed) for folder in (tmp_path, run_dir))
@@ -149,6 +172,12 @@ def test_devices_share_seeds_first_and_batches_then(
 def test_seeds_that_cannot_be_run_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         config_lib.validate(seeds_config(**overrides))
+
+
+def test_more_seeds_than_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"1,000,000,000 seeds need .* set a lower num_seeds"):
+        train.train_and_evaluate(seeds_config(num_seeds=10**9, parallel=1), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_seed_is_chosen(whole_run, capsys, monkeypatch):

@@ -282,6 +282,14 @@ def test_a_learning_rate_too_high_is_a_clear_error(tmp_path):
         trained.load(tmp_path / "run")
 
 
+def test_a_test_loss_that_is_not_finite_is_a_clear_error(tmp_path):
+    # One step, whose loss is that of the initial weights and whose weights are still finite.
+    overrides = {"learning_rate": 1e20, "batch_size": 90, "epochs": 1, "data.watch_split": ""}
+    with pytest.raises(UserError, match=r"diverged in epoch 1: the test loss became NaN"):
+        train.train_and_evaluate(small_config(**overrides), tmp_path / "run")
+    assert trained.load(tmp_path / "run").step == 1
+
+
 def test_a_damaged_newest_checkpoint_is_replaced_by_training_on(whole_run, tmp_path, monkeypatch):
     def stop(row, config):
         if row["epoch"] == 2:

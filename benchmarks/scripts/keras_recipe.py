@@ -5,7 +5,6 @@ the end. The data are those of the package. AT_ONCE is the number of such proces
 the machine.
 """
 
-import json
 import platform
 import random
 import sys
@@ -17,7 +16,7 @@ import keras
 from benchmarks import recipes
 from benchmarks.peers import keras_fit
 from benchmarks.throughput import spec_of, version_of
-from mnist_flax import datasets, environment
+from mnist_flax import datasets, environment, rundir
 
 
 def run(recipe: str, at_once: str, seed: str, file: str) -> None:
@@ -54,7 +53,7 @@ def run(recipe: str, at_once: str, seed: str, file: str) -> None:
     }
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    rundir.write_json(path, summary)
 
 
 if __name__ == "__main__":
