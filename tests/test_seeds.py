@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mnist_flax import config as config_lib
-from mnist_flax import evaluate, models, parallel, rundir, signals, state, steps, train, trained
+from mnist_flax import epochs, evaluate, parallel, rundir, signals, train, trained
 from mnist_flax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -54,10 +54,15 @@ def test_each_seed_is_a_run_of_its_own(whole_run, tmp_path):
     assert ours.evaluate()["accuracy"] == summary["seeds"][1]["test_accuracy"]
 
 
-def test_several_seeds_of_a_device_are_runs_of_their_own(tmp_path):
-    """Three seeds on one device, where each takes its turn."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_several_seeds_of_a_device_are_runs_of_their_own(at_once, tmp_path, monkeypatch):
+    """Three seeds on one device: each takes its turn, or, as on GPU and TPU, all in one step."""
+    if at_once:
+        choose = "platform_dependent"
+        monkeypatch.setattr(epochs.jax.lax, choose, lambda *args, cpu, default: default(*args))
     overrides = {"num_seeds": 3, "parallel": 1, "epochs": 1, "data.watch_split": ""}
-    ours = train.train_and_evaluate(seeds_config(**overrides), tmp_path / "three")["seeds"][2]
+    config = seeds_config(**overrides, name=f"at_once_{at_once}")
+    ours = train.train_and_evaluate(config, tmp_path / "three")["seeds"][2]
     overrides |= {"num_seeds": 1, "seed": 9}
     expected = train.train_and_evaluate(seeds_config(**overrides), tmp_path / "one")
     assert ours["seed"] == 9
@@ -119,29 +124,6 @@ def test_streamed_seeds_are_bit_for_bit_the_same(whole_run, tmp_path):
     assert streamed["seeds"] == summary["seeds"]
     ours, expected = (trained.load(folder, seed=8) for folder in (tmp_path, run_dir))
     jax.tree.map(np.testing.assert_array_equal, ours.variables, expected.variables)
-
-
-def test_seeds_can_be_trained_by_vmap():
-    """As on GPU and TPU, where `_each_seed` has all seeds in one step."""
-    model = models.CNN(convs=((4, 3, True),), dense=(8,), conv_dropout=0.2)
-    tx = train.create_optimizer(seeds_config(), 60)
-    create = partial(state.create, model=model, tx=tx, image_shape=(28, 28, 1))
-    states = jax.jit(jax.vmap(create))(np.arange(2, dtype=np.uint32))
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (60, 28, 28, 1), np.uint8)
-    labels = rng.integers(0, 10, 60, np.int32)
-    rows = rng.permutation(60).reshape(2, 3, 10).astype(np.int32)
-    epoch = partial(steps.train_epoch, model=model, tx=tx)
-    together, metrics = jax.jit(jax.vmap(epoch, in_axes=(0, None, None, 0)))(
-        states, images, labels, rows
-    )
-    one = jax.jit(epoch)
-    for i in range(2):
-        alone = jax.tree.map(lambda leaf, i=i: leaf[i], states)
-        alone, expected = one(alone, images, labels, rows[i])
-        np.testing.assert_allclose(metrics.loss_sum[i], expected.loss_sum, rtol=1e-5)
-        ours = jax.tree.map(lambda leaf, i=i: leaf[i], together.params)
-        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), ours, alone.params)
 
 
 @pytest.mark.parametrize(
