@@ -4,7 +4,7 @@
 |---|---|---|
 | 3×3 to 5×5, 32 channels and features or more | `winograd.conv_relu` | 4/25 to 4/9 |
 | other, not pooled or in a batch of fewer than 16 | `_by_patches` | all |
-| other, and all in bfloat16 | `side_by_side.conv_relu` | all, or up to 16/9 if pooled |
+| other, and all of 16 bits | `side_by_side.conv_relu` | all, or up to 16/9 if pooled |
 
 `benchmarks/NOTES.md` has the measurements behind this table. All have gradients written out:
 autodiff would turn the gradient of patches into KH·KW padded additions over the whole input.
@@ -25,7 +25,7 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
     x = _pad(x, kernel, padding)
     if winograd.suits(x, kernel):
         return winograd.conv_relu(x, kernel, bias, False)
-    if x.dtype != jnp.bfloat16:
+    if x.dtype.itemsize >= 4:
         return _by_patches(x, kernel, bias)
     return side_by_side.conv_relu(x, kernel, bias, 1)
 
@@ -35,7 +35,7 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
     x = _pad(x, kernel, padding)
     if winograd.suits(x, kernel):
         return winograd.conv_relu(x, kernel, bias, True)
-    if x.dtype != jnp.bfloat16 and not tiles.splits(len(x)):
+    if x.dtype.itemsize >= 4 and not tiles.splits(len(x)):
         return pooling.max_pool(_by_patches(x, kernel, bias))
     return side_by_side.conv_relu(x, kernel, bias, 2)
 

@@ -21,6 +21,7 @@ _PACKAGES = (
     "tensorflow-datasets",
     "numpy",
 )
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def device_name() -> str:
@@ -73,10 +74,12 @@ def free_memory() -> tuple[int, int | None]:
     """Free bytes of this machine, and of the device where it has a memory of its own and tells."""
     host = psutil.virtual_memory().available
     # A container may have less than the machine.
-    group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
-        limit, used = (int((group / f"memory.{kind}").read_text()) for kind in ("max", "current"))
-        host = min(host, limit - used)
+        kinds = ("max", "current", "stat")
+        limit, used, stat = ((_CGROUP / f"memory.{kind}").read_text() for kind in kinds)
+        # The system gives up what it keeps of files.
+        kept = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
+        host = min(host, int(limit) - int(used) + int(kept))
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return host, None

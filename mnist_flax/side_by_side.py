@@ -76,9 +76,9 @@ def _blocks_bwd(pool, residuals, g):
 
     start = (tiles.zero(matrix).T, tiles.zero(bias))
     (dmatrix, dbias), dx = lax.scan(backward, start, (_bits(x), choice, _bits(g)))
-    sum_places = jax.linear_transpose(partial(_places, pool=pool), kernel)
-    (dkernel,) = sum_places(dmatrix.T.astype(kernel.dtype))
-    return _numbers(dx, x.dtype), dkernel, dbias.astype(bias.dtype)
+    wide = jax.ShapeDtypeStruct(kernel.shape, dmatrix.dtype)
+    (dkernel,) = jax.linear_transpose(partial(_places, pool=pool), wide)(dmatrix.T)
+    return _numbers(dx, x.dtype), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)

@@ -59,11 +59,12 @@ def splits(batch: int) -> bool:
 def splitter(batch: int, most: int) -> Callable[[jax.Array], jax.Array]:
     """A function from [B, ...] to [blocks, block, ...] with blocks of at most so many images.
 
-    A batch that no good block size divides is filled up with zeros, which add nothing to sums.
+    A batch that no good block size divides is cut into as few blocks of one size as there can be,
+    the last filled up with zeros, which add nothing to sums.
     """
     most = max(1, min(batch, most) if splits(batch) else batch)
     divisor = max(n for n in range(1, most + 1) if batch % n == 0)
-    size = divisor if 2 * divisor >= most else most
+    size = divisor if 2 * divisor >= most else -(-batch // -(-batch // most))
     blocks = -(-batch // size)
 
     def split(a):

@@ -25,10 +25,10 @@ _BLOCK_BYTES = 2 * 2**20
 
 def suits(x: jax.Array, kernel: jax.Array) -> bool:
     """Whether `conv_relu` can make this convolution, and faster than other forms."""
-    # In bfloat16 the transforms lose too much; narrow layers have too few products to save.
+    # In 16 bits the transforms lose too much; narrow layers have too few products to save.
     *size, c, features = kernel.shape
     wide = min(c, features) >= 32
-    return x.dtype != jnp.bfloat16 and wide and min(size) >= 3 and max(size) <= 5
+    return x.dtype.itemsize >= 4 and wide and min(size) >= 3 and max(size) <= 5
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -38,3 +38,15 @@ def test_nothing_is_kept_where_nothing_can_be_written(cache_folder):
     cache_folder.write_text("a file")
     environment.keep_compiled()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
+    without = environment.free_memory()[0]
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    # Files that were read count as used.
+    (tmp_path / "memory.stat").write_text("anon 200000\ninactive_file 600000\n")
+    assert environment.free_memory()[0] == 700_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert environment.free_memory()[0] > 0.5 * without

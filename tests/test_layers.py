@@ -115,7 +115,7 @@ def test_gradients_in_bfloat16(conv, batch):
 @both
 def test_blocks_of_the_batch(monkeypatch, conv, batch):
     monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
-    # Five fit; a batch of 7, which only 1 divides, is filled up to two blocks of 5.
+    # Five fit; a batch of 7, which only 1 divides, is filled up to two blocks of 4.
     monkeypatch.setattr(side_by_side, "_MOST_IMAGES", 5)
     bytes_per_image = 6 * 6 * (3 * 3 * 16 + 8) * 4
     monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", 6 * bytes_per_image - 1)
