@@ -1,16 +1,16 @@
 """What a measurement ran on."""
 
-import os
 import platform
 import subprocess
 from pathlib import Path
 
+from mnist_flax import environment
 from mnist_flax.errors import UserError
 
 
 def describe(device: str) -> str:
     """The processor and its cores, and the GPU where it is one that was measured."""
-    cpu = f"{os.cpu_count()} cores of {_cpu_name()}"
+    cpu = f"{environment.cores()} cores of {_cpu_name()}"
     if device == "cpu":
         return cpu
     # Not through JAX, which would take the GPU's memory for this process.

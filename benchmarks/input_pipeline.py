@@ -3,9 +3,9 @@
     python -m benchmarks.input_pipeline
     python -m benchmarks.input_pipeline --network larger --repetitions 5
 
-"tfds" iterates over TFDS's data source and does nothing else; "grain" is the streaming loader
-without training; "train, stream" and "train, resident" train an epoch with either loader. MNIST
-must have been prepared, which training a recipe once does.
+"tfds" reads and decodes example by example from TFDS's data source, in one thread, and does nothing
+else; "grain" is the streaming loader without training; "train, stream" and "train, resident" train
+an epoch with either loader. MNIST must have been prepared, which training a recipe once does.
 """
 
 import time
@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", default="mnist")
     args = parser.parse_args(argv)
 
+    suite.check_installed(("the plot", "matplotlib"))
     ways = create(args.network, args.dataset, args.split)
     speeds = {name: [] for name in ways}
     for repetition in range(args.repetitions):
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         "versions": environment.versions(),
         "images_per_second": speeds,
     }
-    suite.write(result, args.results / f"input_pipeline_{device}.json", table(result))
+    file = args.results / f"input_pipeline_{device}.json"
+    suite.write(result, file, table(result))
+    suite.bars({f"images/s, {args.network}": speeds}, file.with_suffix(".png"))
 
 
 def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int]]:
@@ -50,18 +53,20 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
     config = recipes.config(network)
     mesh = parallel.mesh(config)
     data = {name: loaders.create(name, dataset, split, "", mesh) for name in loaders.NAMES}
-    size, most = data["stream"].size, data["stream"].most
+    size = data["stream"].size
     rows = batches.train_batches(0, 0, size, config.batch_size)[:, None]
-    length = train.piece_length(config, size, most)
     model = train.create_model(config, datasets.num_classes(dataset))
     tx = train.create_optimizer(config, size)
+
+    def length(loader: loaders.Loader) -> int:
+        return train.piece_length(config, size, loader.most)
 
     def tfds() -> int:
         examples = datasets.open_slice(dataset, split)
         return sum(1 for index in rows.ravel() if index >= 0 and examples[index])
 
     def grain() -> int:
-        for piece in data["stream"].pieces(rows, length):
+        for piece in data["stream"].pieces(rows, length(data["stream"])):
             jax.block_until_ready(piece.images)
         return size
 
@@ -75,7 +80,7 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
 
         def epoch() -> int:
             nonlocal state
-            for piece in loader.pieces(rows, length):
+            for piece in loader.pieces(rows, length(loader)):
                 state, metrics = programs.train(state, piece)
                 # As the training loop does, which reports after each piece.
                 jax.device_get(metrics)

@@ -72,8 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("limits", __doc__, repetitions=3)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, help="beside the recipe's own")
-    parser.add_argument("--seconds", type=float, default=3, help="training time of each point")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=suite.positive(int), help="beside the recipe's own"
+    )
+    parser.add_argument(
+        "--seconds", type=suite.positive(float), default=3, help="training time of each point"
+    )
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure is not None:
@@ -81,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measured))
         return
 
-    points = []
+    machine, points = hardware.describe(args.device), []
     for network in args.networks:
         sizes = {
             recipes.config(network).batch_size,
@@ -99,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{repetition + 1}/{args.repetitions} {point}: {seen[-1]:,.0f} images/s", flush=True
             )
     result = {
-        "hardware": hardware.describe(args.device),
+        "hardware": machine,
         "versions": environment.versions(),
         "ceilings": found,
         "points": [
@@ -131,9 +135,9 @@ def ceilings() -> dict[str, float]:
             seconds.append(time.perf_counter() - clock)
         return min(seconds)
 
-    sizes = (1024, 2048, 4096)
+    sizes = (1024, 2048, 4096) if jax.default_backend() == "cpu" else (4096, 8192, 16384)
     speeds = [2 * n**3 / fastest(jnp.dot, *(jnp.ones((n, n)),) * 2) for n in sizes]
-    array = jnp.ones(2**26)
+    array = jnp.ones(2**28)
     return {"flop": max(speeds), "bytes": 2 * array.nbytes / fastest(lambda x: x + 1, array)}
 
 

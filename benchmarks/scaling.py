@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("scaling", __doc__, repetitions=3)
     parser.add_argument("--network", choices=models.names(), default="convnet")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=3, help="training time of each point")
+    parser.add_argument(
+        "--seconds", type=suite.positive(float), default=3, help="training time of each point"
+    )
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.point is not None:
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if not isinstance(models.create(args.network), models.CNN):
         raise UserError(f"{args.network} has no width: choose another network")
+    suite.check_installed(("the plot", "matplotlib"))
+    machine = hardware.describe(args.device)
     usual = {
         "batch_size": recipes.config(args.network).batch_size,
         "examples": 60_000,
@@ -53,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "network": args.network,
         "usual": usual,
-        "hardware": hardware.describe(args.device),
+        "hardware": machine,
         "versions": environment.versions(),
         "points": [
             {"point": point, "runs": runs} for point, runs in zip(points, measured, strict=True)
@@ -82,7 +86,7 @@ def measure(
     import jax
     import numpy as np
 
-    from benchmarks.peers import ours
+    from benchmarks.peers import jax_memory
     from mnist_flax import batches, datasets, loaders, parallel, train
     from mnist_flax import state as state_lib
 
@@ -120,7 +124,7 @@ def measure(
         count = int(np.sum(metrics.count))
         speeds.append(count / (time.perf_counter() - clock))
         turn += 1
-    memory = ours.device_memory() or worker.peak_memory()
+    memory = jax_memory() or worker.peak_memory()
     return {"images_per_second": statistics.median(speeds), "peak_memory_mib": memory / 2**20}
 
 

@@ -17,10 +17,14 @@ from mnist_flax import cli, environment, models
 def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("seeds", __doc__, repetitions=3)
     parser.add_argument("--networks", nargs="+", choices=models.names(), default=models.names())
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--seeds", nargs="+", type=suite.positive(int), default=[1, 2, 4, 8])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=2, help="training time of each point")
+    parser.add_argument(
+        "--seconds", type=suite.positive(float), default=2, help="training time of each point"
+    )
     args = parser.parse_args(argv)
+    suite.check_installed(("the plot", "matplotlib"))
+    machine = hardware.describe(args.device)
 
     speeds = {network: {count: [] for count in args.seeds} for network in args.networks}
     for repetition in range(args.repetitions):
@@ -31,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
                 done = f"{repetition + 1}/{args.repetitions}"
                 print(f"{done} {network}, {count} seeds: {found[-1]:,.0f} images/s", flush=True)
     result = {
-        "hardware": hardware.describe(args.device),
+        "hardware": machine,
         "versions": environment.versions(),
         "images_per_second": speeds,
     }

@@ -28,9 +28,7 @@ from benchmarks.throughput import (
     NETWORKS,
     OURS,
     PACKAGES,
-    check_installed,
     spec_of,
-    version_of,
 )
 from mnist_flax import cli
 
@@ -52,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # Ours is always measured: the ratios are to it.
     scripts = list({OURS: None} | dict.fromkeys(args.scripts))
-    check_installed([(script, package) for script in scripts for package in SCRIPTS[script][1]])
+    needs = [(script, package) for script in scripts for package in SCRIPTS[script][1]]
+    suite.check_installed(("the plot", "matplotlib"), *needs)
 
     runs = {script: [] for script in scripts}
     with tempfile.TemporaryDirectory() as folder:
@@ -68,10 +67,17 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "network": args.network,
         "hardware": hardware.describe("cpu"),
-        "versions": {package: version_of(package) for package in PACKAGES},
+        "versions": {package: suite.version_of(package) for package in PACKAGES},
         "seconds": runs,
     }
-    suite.write(result, args.results / "startup_cpu.json", table(result))
+    file = args.results / "startup_cpu.json"
+    suite.write(result, file, table(result))
+    titles = {
+        "first_step": "seconds from the command to the first step",
+        "whole_process": "seconds of the process, one epoch",
+    }
+    panels = {title: column(result, key) for key, title in titles.items()}
+    suite.bars(panels, file.with_suffix(".png"))
 
 
 def write_data(folder: Path, network: str, dataset: str) -> None:
@@ -122,6 +128,11 @@ def run(script: str, network: str, dataset: str, folder: Path) -> dict[str, floa
     return {"first_step": float(lines[0].split()[-1]) - began, "whole_process": whole}
 
 
+def column(result: dict, key: str) -> dict[str, list[float]]:
+    """The seconds of each script under a key."""
+    return {script: [run[key] for run in runs] for script, runs in result["seconds"].items()}
+
+
 def table(result: dict) -> str:
     """Medians as Markdown, with the spread, and the ratio to ours."""
     lines = [
@@ -130,13 +141,10 @@ def table(result: dict) -> str:
         "|---|---|---|---|---|",
     ]
 
-    def column(script: str, key: str) -> list[float]:
-        return [seconds[key] for seconds in result["seconds"][script]]
-
     for script in result["seconds"]:
         cells = []
         for key in ("first_step", "whole_process"):
-            values, ours = column(script, key), column(OURS, key)
+            values, ours = (column(result, key)[name] for name in (script, OURS))
             ratio = statistics.median(values) / statistics.median(ours)
             cells += [suite.spread(values, ".1f", " s"), f"{ratio:.2f}"]
         lines.append(f"| {script} | " + " | ".join(cells) + " |")

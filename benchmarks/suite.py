@@ -2,15 +2,18 @@
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.recipes import ROOT
+from mnist_flax.errors import UserError
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -23,9 +26,23 @@ def parser(name: str, doc: str, repetitions: int | None = 5) -> argparse.Argumen
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if repetitions:
-        made.add_argument("--repetitions", type=int, default=repetitions)
+        made.add_argument(
+            "--repetitions", type=positive(int), default=repetitions, help="default: %(default)s"
+        )
     made.add_argument("--results", type=Path, default=FOLDER, help="folder to write to")
     return made
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """The type of an argument that must be an int or a float above 0."""
+
+    def number(text: str) -> Any:
+        if not 0 < kind(text) < math.inf:
+            raise ValueError
+        return kind(text)
+
+    number.__name__ = f"{kind.__name__} above 0"
+    return number
 
 
 def child(name: str, device: str, *flags: str) -> dict[str, Any]:
@@ -36,8 +53,28 @@ def child(name: str, device: str, *flags: str) -> dict[str, Any]:
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"benchmarks.{name} failed, as said above")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_installed(*needs: tuple[str, str]) -> None:
+    """Raises UserError unless there is each package of the pairs (what needs it, package)."""
+    for what, package in needs:
+        if version_of(package) is None:
+            raise UserError(
+                f"{what} needs {package}, which is not installed: run `pip install '.[bench]'`, "
+                "or measure without it (see --help)"
+            )
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def write(result: dict[str, Any], file: Path, text: str) -> None:
@@ -51,6 +88,26 @@ def conditions(result: dict[str, Any]) -> str:
     """Hardware and versions of a result, for the line below a table."""
     found = [f"{name} {version}" for name, version in result["versions"].items() if version]
     return f"{result['hardware']}; {', '.join(found)}."
+
+
+def bars(panels: dict[str, dict[str, Sequence[float]]], file: Path) -> None:
+    """Plots medians as bars, with the lowest and highest, in one panel for each title."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 2.6), squeeze=False, sharey=True)
+    for panel, (title, bars) in zip(axes[0], panels.items(), strict=True):
+        medians = [statistics.median(values) for values in bars.values()]
+        below = [m - min(values) for m, values in zip(medians, bars.values(), strict=True)]
+        above = [max(values) - m for m, values in zip(medians, bars.values(), strict=True)]
+        panel.barh(list(bars), medians, xerr=(below, above), color="gray", capsize=3)
+        panel.set_xlabel(title)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def spread(values: Sequence[float], form: str = ",.0f", unit: str = "") -> str:

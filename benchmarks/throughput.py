@@ -21,7 +21,6 @@ import tempfile
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -65,34 +64,53 @@ PEERS = {
     "torch-compile": Kind("torch_loop", "compile", ("torch",)),
     "torch-cudagraphs": Kind("torch_loop", "cudagraphs", ("torch",), device="gpu"),
 }
+# The columns of `costs`.
+COSTS = "command to first step | of which building and compiling | peak memory"
 PACKAGES = (OURS, "jax", "flax", "optax", "keras", "tensorflow", "torch", "numpy")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("throughput", __doc__)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="default: all"
+    )
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all for the device")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seconds", type=float, default=3, help="training time in a turn")
-    parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=suite.positive(float),
+        default=3,
+        help="training time in a turn; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dataset", default="mnist", help="one of 28×28×1 pixels; default: %(default)s"
+    )
     args = parser.parse_args(argv)
 
+    possible = [peer for peer, kind in PEERS.items() if kind.device in (None, args.device)]
+    if not set(args.peers or []) <= set(possible):
+        raise UserError(f"on {args.device} the peers are {', '.join(possible)}")
     # Ours is always measured: the ratios are to it.
-    peers = {OURS: None} | dict.fromkeys(args.peers or PEERS)
-    peers = [peer for peer in peers if PEERS[peer].device in (None, args.device)]
+    peers = list({OURS: None} | dict.fromkeys(args.peers or possible))
     needs = [(peer, package) for peer in peers for package in PEERS[peer].packages]
-    check_installed([("the plot", "matplotlib"), *needs])
+    suite.check_installed(("the plot", "matplotlib"), *needs)
     machine = hardware.describe(args.device)
-    kind = args.device if args.dtype == "float32" else f"{args.device}_{args.dtype}"
-    file = args.results / f"throughput_{kind}.json"
+    unusual = [value for value in (args.dtype, args.dataset) if value not in ("float32", "mnist")]
+    file = args.results / f"{'_'.join(['throughput', args.device, *unusual])}.json"
     measured = json.loads(file.read_text()) if file.exists() else {}
     for network in args.networks:
         measured[network] = {
             "measured": time.strftime("%Y-%m-%d"),
             "batch_size": recipes.config(network).batch_size,
+            "dataset": args.dataset,
+            "seconds_a_turn": args.seconds,
             "hardware": machine,
-            "versions": {package: version_of(package) for package in PACKAGES},
+            "versions": {package: suite.version_of(package) for package in PACKAGES},
             "peers": measure(network, peers, args),
         }
         # After each network, so that a long run that is stopped keeps what it has.
@@ -139,6 +157,8 @@ def write_job(folder: Path, network: str, args: argparse.Namespace) -> None:
         "dtype": args.dtype,
     }
     arrays = datasets.load(args.dataset, "train")
+    if (shape := arrays.images.shape[1:]) != (28, 28, 1):
+        raise UserError(f"{args.dataset} has images of {shape}, and the peers take (28, 28, 1)")
     # Full batches only, which no peer must pad.
     count = len(arrays.labels) // config.batch_size * config.batch_size
     rows = batches.train_batches(0, 0, count, config.batch_size)
@@ -214,7 +234,7 @@ def table(measured: dict[str, dict]) -> str:
     """Ours beside the best peer, then every peer, as Markdown."""
     lines = [
         "| network (batch) | images/s (lowest to highest) | steps/s | best peer | ratio to it "
-        "| command to first step | of which compiling | peak memory |",
+        f"| {COSTS} |",
         "|---|---|---|---|---|---|---|---|",
     ]
     ratios = []
@@ -234,7 +254,8 @@ def table(measured: dict[str, dict]) -> str:
     conditions = {}
     for network, result in measured.items():
         turns = len(result["peers"][OURS]["images_per_second"])
-        text = f"Medians of {turns} turns; {suite.conditions(result)}"
+        beside = ", ".join(peer for peer in result["peers"] if peer != OURS) or "no peer"
+        text = f"Medians of {turns} turns beside {beside}; {suite.conditions(result)}"
         conditions.setdefault(text, []).append(f"`{network}`")
     for text, networks in conditions.items():
         which = f"{', '.join(networks)}: " if len(conditions) > 1 else ""
@@ -244,8 +265,7 @@ def table(measured: dict[str, dict]) -> str:
         "",
         "Every peer; the ratio is ours to it:",
         "",
-        "| network | peer | images/s (lowest to highest) | ratio | command to first step "
-        "| of which compiling | peak memory |",
+        f"| network | peer | images/s (lowest to highest) | ratio | {COSTS} |",
         "|---|---|---|---|---|---|---|",
     ]
     for network, result in measured.items():
@@ -260,7 +280,7 @@ def table(measured: dict[str, dict]) -> str:
 
 
 def costs(report: dict) -> str:
-    """Cells of the first step, of compiling, and of the memory: the GPU's where it has one."""
+    """The cells under `COSTS`; the memory is the GPU's where it has one."""
     memory = report["device_memory_mib"] or report["peak_memory_mib"]
     return (
         f"{report['first_step_seconds']:.1f} s | {report['compile_seconds']:.1f} s "
@@ -285,19 +305,9 @@ def plot(measured: dict[str, dict], file: Path) -> None:
         axes.bar(places, heights, width, label=peer, color="black" if peer == OURS else None)
     axes.set_xticks(range(len(measured)), measured, rotation=15)
     axes.set_ylabel(f"training speed, {OURS} = 1")
-    axes.legend(ncols=2, fontsize="small")
+    figure.legend(loc="outside upper center", ncols=5, fontsize="small")
     figure.savefig(file, dpi=120)
     plt.close(figure)
-
-
-def check_installed(needs: list[tuple[str, str]]) -> None:
-    """Raises UserError unless there is each package of the pairs (what needs it, package)."""
-    for what, package in needs:
-        if version_of(package) is None:
-            raise UserError(
-                f"{what} needs {package}, which is not installed: run `pip install '.[bench]'`, "
-                "or measure without it (see --help)"
-            )
 
 
 def spec_of(network: str) -> dict | None:
@@ -306,14 +316,6 @@ def spec_of(network: str) -> dict | None:
     if not isinstance(model, models.CNN):
         return None
     return {key: getattr(model, key) for key in ("convs", "dense", "conv_dropout", "dense_dropout")}
-
-
-def version_of(package: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def log(line: str) -> None:

@@ -38,12 +38,13 @@ def main() -> None:
     made, seconds = peer.train(1)
     while seconds < 0.5:
         made, seconds = peer.train(2 * made)
-    # Peers make several steps at a time; the first ended when the others had not begun.
-    rest = (steps - 1) * seconds / made
+    # Peers make several steps at a time; the first ended when the others had not begun. A step took
+    # its share of the same call, where nothing was compiled in it.
+    step = min(first / steps, seconds / made)
     say(
         parameters=peer.parameters,
-        first_step_seconds=ready - rest,
-        compile_seconds=building + first - steps * seconds / made,
+        first_step_seconds=ready - (steps - 1) * step,
+        compile_seconds=building + first - steps * step,
         loss_before=loss_before,
     )
     for line in sys.stdin:

@@ -76,8 +76,8 @@ def _blocks_bwd(pool, residuals, g):
 
     start = (tiles.zero(matrix).T, tiles.zero(bias))
     (dmatrix, dbias), dx = lax.scan(backward, start, (_bits(x), choice, _bits(g)))
-    wide = jax.ShapeDtypeStruct(kernel.shape, dmatrix.dtype)
-    (dkernel,) = jax.linear_transpose(partial(_places, pool=pool), wide)(dmatrix.T)
+    sum_places = jax.linear_transpose(partial(_places, pool=pool), kernel.astype(dmatrix.dtype))
+    (dkernel,) = sum_places(dmatrix.T)
     return _numbers(dx, x.dtype), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
 
 

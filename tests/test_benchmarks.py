@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import limits, reproduce, throughput
+from benchmarks import limits, reproduce, suite, throughput
 from mnist_flax import datasets, models, state
 from mnist_flax.errors import UserError
 
@@ -84,8 +84,8 @@ def test_the_table_compares_medians_with_the_best_peer():
     assert "Geometric mean of the ratios: 1.73." in text  # √(2 · 1.5)
     assert "| `convnet` | keras-tf | 150 (150 to 150) | 2.00 | " + costs in text
     # Networks that were measured under other conditions are told apart.
-    assert "`larger`: Medians of 3 turns; a machine; jax 1." in text
-    assert "`convnet`: Medians of 1 turns; a machine; jax 1." in text
+    assert "`larger`: Medians of 3 turns beside keras-tf; a machine; jax 1." in text
+    assert "`convnet`: Medians of 1 turns beside torch, keras-tf; a machine; jax 1." in text
 
 
 def test_another_network_or_one_that_does_not_learn_is_no_result():
@@ -98,9 +98,7 @@ def test_another_network_or_one_that_does_not_learn_is_no_result():
 
 
 def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        throughput, "version_of", lambda package: None if package == "torch" else "1"
-    )
+    monkeypatch.setattr(suite, "version_of", lambda package: None if package == "torch" else "1")
     with pytest.raises(UserError, match=r"torch needs torch.*pip install '\.\[bench\]'"):
         throughput.main(["--peers", "torch", f"--results={tmp_path / 'results'}"])
     assert not (tmp_path / "results").exists()
@@ -110,7 +108,8 @@ def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path):
     datasets.load("digits", "train")
     arguments = "--networks larger --peers flax-loop --dataset digits --repetitions 2 --seconds 0.5"
     throughput.main([*arguments.split(), f"--results={tmp_path}"])
-    results = json.loads((tmp_path / "throughput_cpu.json").read_text())
+    # Not among those of MNIST.
+    results = json.loads((tmp_path / "throughput_cpu_digits.json").read_text())
     assert list(results) == ["larger"]
     for peer in ("mnist_flax", "flax-loop"):
         measured = results["larger"]["peers"][peer]
@@ -118,8 +117,8 @@ def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path):
         assert len(measured["images_per_second"]) == 2
         assert measured["loss_after"] < measured["loss_before"]
         assert 0 < measured["compile_seconds"] < measured["first_step_seconds"]
-    assert (tmp_path / "throughput_cpu.md").read_text() == throughput.table(results)
-    assert (tmp_path / "throughput_cpu.png").stat().st_size > 10_000
+    assert (tmp_path / "throughput_cpu_digits.md").read_text() == throughput.table(results)
+    assert (tmp_path / "throughput_cpu_digits.png").stat().st_size > 10_000
 
 
 def test_the_table_of_accuracies():
@@ -206,3 +205,25 @@ def test_a_profile_names_the_parts_of_a_step():
     assert set(found["parts"]) == {"forward", "backward", "optimizer", "gather", "other"}
     assert found["parts"]["backward"] > found["parts"]["forward"] > 0
     assert found["step"] > 0 and len(found["largest"]) == 5
+
+
+@pytest.mark.parametrize("flags", [["--repetitions=0"], ["--seconds=-1"], ["--seconds=nan"]])
+def test_a_number_that_measures_nothing_is_refused(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        throughput.main([*flags, f"--results={tmp_path}"])
+    assert stop.value.code == 2
+    assert "above 0 value" in capsys.readouterr().err
+
+
+def test_a_peer_of_another_device_is_refused(tmp_path):
+    with pytest.raises(UserError, match="on cpu the peers are mnist_flax, flax-loop, keras-tf"):
+        throughput.main(["--peers", "torch-cudagraphs", f"--results={tmp_path}"])
+
+
+def test_bars_are_plotted(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    suite.bars(
+        {"images/s": {"a": [1, 2, 4], "b": [3]}, "seconds": {"a": [1], "b": [2]}},
+        tmp_path / "x.png",
+    )
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

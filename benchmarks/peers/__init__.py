@@ -58,6 +58,13 @@ class Peer:
     device_memory: Callable[[], int | None] = lambda: None
 
 
+def jax_memory() -> int | None:
+    """Bytes in use on JAX's device at the peak; None on CPU, which does not count them."""
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 PROBE = slice(0, 500)
 """The training images on which every peer's loss is taken before and after."""
 LEARNING_RATE, EPSILON, RHO = 1e-3, 1e-7, 0.9

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
 
-from benchmarks.peers import EPSILON, LEARNING_RATE, PROBE, RHO, Data, Job, Peer
-from benchmarks.peers.ours import device_memory
+from benchmarks.peers import EPSILON, LEARNING_RATE, PROBE, RHO, Data, Job, Peer, jax_memory
 
 
 class Network(nn.Module):
@@ -92,7 +91,7 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         return float(evaluate(state.params, images[PROBE], labels[PROBE])[0])
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return Peer(parameters, run, loss, device_memory)
+    return Peer(parameters, run, loss, jax_memory)
 
 
 def _hashable(value):

@@ -6,7 +6,7 @@ from itertools import count
 import jax
 
 from benchmarks import recipes
-from benchmarks.peers import PROBE, Data, Job, Peer
+from benchmarks.peers import PROBE, Data, Job, Peer, jax_memory
 from mnist_flax import datasets, loaders, parallel, state, train
 
 
@@ -43,9 +43,4 @@ def create(job: Job, data: Data, variant: str) -> Peer:
     def loss() -> float:
         return programs.score_test(state.variables(current))["loss"]
 
-    return Peer(parameters, run, loss, device_memory)
-
-
-def device_memory() -> int | None:
-    """Bytes in use on the device at the peak; None on CPU, which does not count them."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return Peer(parameters, run, loss, jax_memory)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import keras
 
-from benchmarks import recipes
+from benchmarks import recipes, suite
 from benchmarks.peers import keras_fit
-from benchmarks.throughput import spec_of, version_of
+from benchmarks.throughput import spec_of
 from mnist_flax import datasets, environment, rundir
 
 
@@ -49,7 +49,7 @@ def run(recipe: str, at_once: str, seed: str, file: str) -> None:
         "wall_seconds": time.perf_counter() - began,
         "device": environment.device_name(),
         "versions": {"python": platform.python_version()}
-        | {name: version_of(name) for name in packages},
+        | {name: suite.version_of(name) for name in packages},
     }
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)

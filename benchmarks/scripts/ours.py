@@ -10,10 +10,11 @@ from mnist_flax import cli, main, report
 
 def run(folder: str, network: str, dataset: str) -> None:
     first_step_at, advance = [], report.advance
+    batch_size = recipes.config(network).batch_size
 
     def timed(bar, position):
         # Steps are made in pieces; the first ended when the others had not begun.
-        steps = position.count / recipes.config(network).batch_size
+        steps = position.count / batch_size
         first_step_at.append(time.time() - position.seconds * (1 - 1 / steps))
         advance(bar, position)
 
@@ -23,6 +24,7 @@ def run(folder: str, network: str, dataset: str) -> None:
     sys.argv[1:] = [f"--config={config}:{dataset}", "--config.epochs=1", f"--workdir={workdir}"]
     # As the other scripts: train on the whole split, score the test split once.
     sys.argv += ["--config.data.train_split=train", "--config.data.watch_split="]
+    sys.argv.append(f"--config.batch_size={batch_size}")
     cli.run(main.main)
     print("first step at", first_step_at[0])
 
