@@ -179,7 +179,7 @@ def image_bytes(name: str, split: str, manual_dir: str = "") -> tuple[int, int]:
 
 def _prepared(name: str, split: str, manual_dir: str) -> "tfds.core.DatasetBuilder":
     """The builder of a data set that is prepared, now or before."""
-    from mnist_flax import builders, preparation
+    from mnist_flax import builders
 
     check_split(name, split)
     in_family = name in builders.MNIST_FAMILY
@@ -190,6 +190,8 @@ def _prepared(name: str, split: str, manual_dir: str) -> "tfds.core.DatasetBuild
         )
     builder = builders.create(name, _data_dir())
     if not builder.info.splits:
+        from mnist_flax import preparation
+
         folder = manual_dir or (in_family and os.environ.get("MNIST_FLAX_MANUAL_DIR"))
         builder = preparation.prepare(name, builder, Path(folder).expanduser() if folder else None)
     return builder
@@ -201,13 +203,13 @@ def _data_dir() -> Path:
 
 def _whole_split(builder: "tfds.core.DatasetBuilder", split: str) -> Arrays:
     """A whole split, decoded once and then read from `mnist_flax_cache` in the data folder."""
-    from mnist_flax import decoding
-
     full_name = builder.info.full_name.replace("/", "-")
     folder = Path(builder.data_dir_root) / "mnist_flax_cache" / full_name
     source = _fingerprint(builder)
     arrays = _read_cache(folder, split, source)
     if arrays is None:
+        from mnist_flax import decoding
+
         arrays = Arrays(*decoding.decode(builder, split))
         _write_cache(folder, split, source, arrays)
     return arrays
