@@ -80,10 +80,13 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
 
         def epoch() -> int:
             nonlocal state
+            running = None
             for piece in loader.pieces(rows, length(loader)):
                 state, metrics = programs.train(state, piece)
-                # As the training loop does, which reports after each piece.
-                jax.device_get(metrics)
+                # As the training loop does, which reports on a piece while the next one runs.
+                jax.device_get(running)
+                running = metrics
+            jax.block_until_ready((state, running))
             return size
 
         return epoch

@@ -168,14 +168,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         position.compile_seconds += time.perf_counter() - clock
 
         while position.epoch < config.epochs and not received:
-            pieces = _train_pieces(config, data, programs, state, position)
+            pieces = _train_pieces(config, data, programs, state, position, received)
             images = data.train.size * config.num_seeds
             with report.progress(position, config.epochs, images) as bar:
                 for state in pieces:  # noqa: B007 - it is used after the loop
                     check_finite("the loss", [position.loss_sum], position)
                     report.advance(bar, position)
-                    if received:
-                        break
             # The last update may have broken what the last loss does not show yet.
             check_finite("a parameter", jax.tree.leaves(state.params), position)
             watch_accuracy = None
@@ -372,12 +370,17 @@ def compile_programs(
 
 
 def _train_pieces(
-    config: ConfigDict, data: Data, programs: Programs, state: TrainState, position: Position
+    config: ConfigDict,
+    data: Data,
+    programs: Programs,
+    state: TrainState,
+    position: Position,
+    received: list[int],
 ) -> Iterator[TrainState]:
-    """Trains on to the end of the epoch, or to where a checkpoint is due.
+    """Trains on to the end of the epoch, or to where a checkpoint is due or a signal is received.
 
-    Yields the state after each piece, when `position` has its metrics. A state is donated to
-    the next piece.
+    Yields once for each piece, when `position` has its metrics. By then the device is at the next
+    one, so that it does not wait for the host; what is yielded last is the state of `position`.
     """
     num_examples = data.train.size
     rows = np.stack(
@@ -392,11 +395,25 @@ def _train_pieces(
     done = state_lib.updates(state) - position.epoch * len(rows)
     stop = done - done % every + every if every else len(rows)
     clock = time.perf_counter()
+
+    def finished(metrics: steps.Metrics) -> None:
+        nonlocal clock
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        position.add(metrics, now - clock)
+        clock = now
+
+    running = None
     for piece in data.train.pieces(rows[done:stop], length):
         state, metrics = programs.train(state, piece)
-        position.add(jax.device_get(metrics), time.perf_counter() - clock)
-        yield state
-        clock = time.perf_counter()
+        if running is not None:
+            finished(running)
+            yield state
+        running = metrics
+        if received:
+            break
+    finished(running)
+    yield state
 
 
 def _epoch_row(

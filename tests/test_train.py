@@ -246,6 +246,30 @@ def test_the_state_is_donated_to_the_next_piece():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
 
 
+def test_the_device_does_not_wait_for_a_report(tmp_path, monkeypatch):
+    compile_programs, advance = train.compile_programs, report.advance
+    events = []
+
+    def noting(*args):
+        programs = compile_programs(*args)
+
+        def train_piece(state, piece):
+            events.append("begun")
+            return programs.train(state, piece)
+
+        return programs._replace(train=train_piece)
+
+    def noted(bar, position):
+        events.append(int(position.count))
+        advance(bar, position)
+
+    monkeypatch.setattr(train, "piece_length", lambda *_: 2)
+    monkeypatch.setattr(train, "compile_programs", noting)
+    monkeypatch.setattr(report, "advance", noted)
+    train.train_and_evaluate(small_config(epochs=1, name="in pieces"), tmp_path / "run")
+    assert events == ["begun", "begun", 32, "begun", 64, 90]
+
+
 def test_the_first_step_does_not_wait_for_what_scores(monkeypatch):
     trained, compile_scorer = threading.Event(), train.scoring.compile_scorer
 
