@@ -3,6 +3,7 @@
     python -m benchmarks.reproduce                              # what the README shows
     python -m benchmarks.reproduce --recipes larger --seeds 20
     python -m benchmarks.reproduce --keras                      # the same recipes in Keras
+    python -m benchmarks.reproduce --dtype bfloat16 --recipes larger --seeds 3
 
 A run that is stopped goes on where it was, and a finished one is not repeated. What counts is
 the accuracy after the last epoch; no epoch is picked. The table is of all finished runs in the
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 from benchmarks import suite
 from benchmarks.recipes import ROOT
 from mnist_flax import cli, environment
+from mnist_flax.config import COMPUTE_DTYPES
+from mnist_flax.errors import UserError
 
 
 class Recipe(NamedTuple):
@@ -45,16 +48,25 @@ RECIPES = {
 def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("reproduce", __doc__, repetitions=None)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--seeds", type=int, help="seeds 0 to N-1; default: 3 to 10, by the recipe")
+    parser.add_argument(
+        "--seeds", type=suite.positive(int), help="seeds 0 to N-1; default: 3 to 10, by the recipe"
+    )
     parser.add_argument(
         "--together",
-        type=int,
+        type=suite.positive(int),
         default=environment.cores(),
         help="seeds trained at once; default: the cores (%(default)s)",
     )
     parser.add_argument("--keras", action="store_true", help="train in Keras, as measured beside")
+    parser.add_argument(
+        "--dtype", choices=COMPUTE_DTYPES, default="float32", help="default: %(default)s"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="run folders")
     args = parser.parse_args(argv)
+    if args.dtype != "float32":
+        if args.keras:
+            raise UserError("in Keras the recipes are trained in float32 only: leave out --dtype")
+        args.runs = args.runs / args.dtype
     for recipe in args.recipes:
         by = "keras" if args.keras else "mnist_flax"
         done = {run["seed"] for run in collect(args.runs, recipe) if run["by"] == by}
@@ -68,16 +80,17 @@ def main(argv: list[str] | None = None) -> None:
                 count = 1
                 while count < min(args.together, len(left)) and left[count] == left[0] + count:
                     count += 1
-                train(recipe, left[0], count, args.runs)
+                train(recipe, left[0], count, args.dtype, args.runs)
                 del left[:count]
-            write(args.runs, args.results)
-    write(args.runs, args.results)
+            write(args.runs, args.dtype, args.results)
+    write(args.runs, args.dtype, args.results)
 
 
-def train(recipe: str, first: int, count: int, runs: Path) -> None:
+def train(recipe: str, first: int, count: int, dtype: str, runs: Path) -> None:
     """Runs, or finishes, the training of some seeds in a process of its own."""
     command = [sys.executable, "-m", "mnist_flax.main", f"--config=configs/{recipe}.py"]
     command += [f"--config.seed={first}", f"--config.num_seeds={count}"]
+    command.append(f"--config.compute_dtype={dtype}")
     run_dir = runs.absolute() / f"{recipe}-seeds{first}-{first + count - 1}"
     subprocess.run([*command, f"--workdir={run_dir}"], check=True, cwd=ROOT)
 
@@ -98,11 +111,13 @@ def train_in_keras(recipe: str, seeds: list[int], runs: Path) -> None:
         raise SystemExit(f"{recipe} in Keras failed, as said above")
 
 
-def write(runs: Path, folder: Path) -> None:
+def write(runs: Path, dtype: str, folder: Path) -> None:
     """Writes the results of all finished runs as JSON and as a table."""
     found = {recipe: list(collect(runs, recipe)) for recipe in RECIPES}
     device = next(run["device"] for entries in found.values() for run in entries)
     kind = "cpu" if device.startswith("cpu") else "gpu"
+    if dtype != "float32":
+        kind += f"_{dtype}"
     suite.write(found, folder / f"reproduce_{kind}.json", table(found))
 
 

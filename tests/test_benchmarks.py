@@ -142,7 +142,7 @@ def test_the_table_of_accuracies():
 def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     trained = []
 
-    def finish(recipe, first, count, runs):
+    def finish(recipe, first, count, dtype, runs):
         trained.append((recipe, first, count))
         folder = runs / f"{recipe}-seeds{first}-{first + count - 1}"
         folder.mkdir(parents=True)
@@ -168,6 +168,13 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     assert [run["seed"] for run in found] == list(range(6))
     assert [run["minutes"] for run in found] == [1, 1, 2, 1, 1, 2]
     assert "99.25 ± 0.19 % | 99.00 | 99.50 | 6 |" in (tmp_path / "reproduce_cpu.md").read_text()
+    # In bfloat16 they are runs of their own.
+    reproduce.main([*flags, "--seeds=1", "--dtype=bfloat16"])
+    assert trained[6:] == [("larger", 0, 1)]
+    found = json.loads((tmp_path / "reproduce_cpu_bfloat16.json").read_text())["larger"]
+    assert [run["seed"] for run in found] == [0]
+    with pytest.raises(UserError, match="in float32 only"):
+        reproduce.main([*flags, "--keras", "--dtype=bfloat16"])
 
 
 def test_the_work_of_larger_by_hand():
