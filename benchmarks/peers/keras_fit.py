@@ -8,7 +8,8 @@ from keras import layers
 
 from benchmarks.peers import EPSILON, LEARNING_RATE, PROBE, RHO, Data, Job, Peer
 
-STEPS_PER_EXECUTION = 20
+# As many as pay: `larger` is 1.04 times as fast as with 20, and no faster with 300.
+STEPS_PER_EXECUTION = 100
 
 
 def network(spec: dict | None) -> keras.Model:
