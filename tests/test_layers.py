@@ -111,6 +111,15 @@ def test_gradients_in_bfloat16(conv, batch):
     assert_same(conv, x, kernel, "SAME", 2e-2, reference)
 
 
+def test_splitter():
+    def shape(batch, most):
+        return tiles.splitter(batch, most)(jnp.zeros((batch, 2))).shape
+
+    # A batch of 37, which only 1 divides, is filled up to eight blocks of 5, 29 to two of 15.
+    assert (shape(37, 5), shape(16, 5), shape(20, 5)) == ((8, 5, 2), (4, 4, 2), (4, 5, 2))
+    assert (shape(29, 25), shape(15, 5)) == ((2, 15, 2), (1, 15, 2))
+
+
 @pytest.mark.parametrize("batch", [1, 7, 12])
 @both
 def test_blocks_of_the_batch(monkeypatch, conv, batch):
