@@ -15,7 +15,7 @@ import jax
 
 from benchmarks import hardware, recipes, suite
 from benchmarks.throughput import NETWORKS
-from mnist_flax import batches, cli, datasets, environment, loaders, parallel, train
+from mnist_flax import batches, cli, datasets, environment, epochs, loaders, parallel, train
 from mnist_flax import state as state_lib
 
 
@@ -80,13 +80,9 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
 
         def epoch() -> int:
             nonlocal state
-            running = None
-            for piece in loader.pieces(rows, length(loader)):
-                state, metrics = programs.train(state, piece)
-                # As the training loop does, which reports on a piece while the next one runs.
-                jax.device_get(running)
-                running = metrics
-            jax.block_until_ready((state, running))
+            pieces = loader.pieces(rows, length(loader))
+            *_, (state, _) = epochs.run_pieces(programs.train, state, pieces)
+            jax.block_until_ready(state)
             return size
 
         return epoch

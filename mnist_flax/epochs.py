@@ -1,6 +1,6 @@
 """Epochs as programs for the devices of a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -96,3 +96,20 @@ def _each_seed(epoch: Callable, carried: Any, images: Any, labels: Any, rows: ja
     return jax.lax.platform_dependent(
         (carried, rows.swapaxes(0, 1)), cpu=partial(jax.lax.map, one), default=jax.vmap(one)
     )
+
+
+def run_pieces(
+    program: Callable[[Any, Piece], tuple[Any, Any]], carried: Any, pieces: Iterable[Piece]
+) -> Iterator[tuple[Any, Any]]:
+    """Runs a program that `compile_epoch` made on one piece after the other.
+
+    Yields what is carried, and on the host the metrics of each piece. By then the device is at the
+    next piece, so that it does not wait for the host; only what is yielded last belongs together.
+    """
+    running = None
+    for piece in pieces:
+        carried, metrics = program(carried, piece)
+        if running is not None:
+            yield carried, jax.device_get(running)
+        running = metrics
+    yield carried, jax.device_get(running)

@@ -394,26 +394,19 @@ def _train_pieces(
     every = config.checkpoint.every_steps
     done = state_lib.updates(state) - position.epoch * len(rows)
     stop = done - done % every + every if every else len(rows)
-    clock = time.perf_counter()
 
-    def finished(metrics: steps.Metrics) -> None:
-        nonlocal clock
-        metrics = jax.device_get(metrics)
+    def pieces() -> Iterator[Piece]:
+        for piece in data.train.pieces(rows[done:stop], length):
+            yield piece
+            if received:
+                return
+
+    clock = time.perf_counter()
+    for after, metrics in epochs.run_pieces(programs.train, state, pieces()):
         now = time.perf_counter()
         position.add(metrics, now - clock)
+        yield after
         clock = now
-
-    running = None
-    for piece in data.train.pieces(rows[done:stop], length):
-        state, metrics = programs.train(state, piece)
-        if running is not None:
-            finished(running)
-            yield state
-        running = metrics
-        if received:
-            break
-    finished(running)
-    yield state
 
 
 def _epoch_row(

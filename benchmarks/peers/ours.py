@@ -7,7 +7,7 @@ import jax
 
 from benchmarks import recipes
 from benchmarks.peers import PROBE, Data, Job, Peer, jax_memory
-from mnist_flax import datasets, loaders, parallel, state, train
+from mnist_flax import datasets, epochs, loaders, parallel, state, train
 
 
 def create(job: Job, data: Data, variant: str) -> Peer:
@@ -34,13 +34,9 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         nonlocal current
         calls = -(-least // length)
         clock = time.perf_counter()
-        running = None
-        for _ in range(calls):
-            current, metrics = programs.train(current, pieces[next(turn) % len(pieces)])
-            # As the loop does, which reports on a piece while the next one runs.
-            jax.device_get(running)
-            running = metrics
-        jax.block_until_ready((current, running))
+        these = (pieces[next(turn) % len(pieces)] for _ in range(calls))
+        *_, (current, _) = epochs.run_pieces(programs.train, current, these)
+        jax.block_until_ready(current)
         return calls * length, time.perf_counter() - clock
 
     def loss() -> float:
