@@ -4,10 +4,11 @@
     python -m benchmarks.reproduce --recipes larger --seeds 20
     python -m benchmarks.reproduce --keras                      # the same recipes in Keras
     python -m benchmarks.reproduce --dtype bfloat16 --recipes larger --seeds 3
+    python -m benchmarks.reproduce --seeds 20 --add benchmarks/results/reproduce_cpu.json
 
 A run that is stopped goes on where it was, and a finished one is not repeated. What counts is
 the accuracy after the last epoch; no epoch is picked. The table is of all finished runs in the
-folder of runs.
+folder of runs and, with --add, in the results of before.
 """
 
 import json
@@ -32,6 +33,9 @@ class Recipe(NamedTuple):
     tutorial: float | None
     seeds: int
 
+
+# One entry a seed, of each recipe.
+Runs = dict[str, list[dict[str, Any]]]
 
 RECIPES = {
     "larger": Recipe(99.03, 10),
@@ -62,14 +66,18 @@ def main(argv: list[str] | None = None) -> None:
         "--dtype", choices=COMPUTE_DTYPES, default="float32", help="default: %(default)s"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="run folders")
+    parser.add_argument(
+        "--add", type=Path, metavar="JSON", help="results of before, to keep and not to repeat"
+    )
     args = parser.parse_args(argv)
     if args.dtype != "float32":
         if args.keras:
             raise UserError("in Keras the recipes are trained in float32 only: leave out --dtype")
         args.runs = args.runs / args.dtype
+    before = read(args.add) if args.add else {}
     for recipe in args.recipes:
         by = "keras" if args.keras else "mnist_flax"
-        done = {run["seed"] for run in collect(args.runs, recipe) if run["by"] == by}
+        done = {run["seed"] for run in finished(args.runs, before)[recipe] if run["by"] == by}
         left = [seed for seed in range(args.seeds or RECIPES[recipe].seeds) if seed not in done]
         while left:
             if args.keras:
@@ -82,8 +90,8 @@ def main(argv: list[str] | None = None) -> None:
                     count += 1
                 train(recipe, left[0], count, args.dtype, args.runs)
                 del left[:count]
-            write(args.runs, args.dtype, args.results)
-    write(args.runs, args.dtype, args.results)
+            write(finished(args.runs, before), args.dtype, args.results)
+    write(finished(args.runs, before), args.dtype, args.results)
 
 
 def train(recipe: str, first: int, count: int, dtype: str, runs: Path) -> None:
@@ -111,14 +119,33 @@ def train_in_keras(recipe: str, seeds: list[int], runs: Path) -> None:
         raise SystemExit(f"{recipe} in Keras failed, as said above")
 
 
-def write(runs: Path, dtype: str, folder: Path) -> None:
+def write(found: Runs, dtype: str, folder: Path) -> None:
     """Writes the results of all finished runs as JSON and as a table."""
-    found = {recipe: list(collect(runs, recipe)) for recipe in RECIPES}
     device = next(run["device"] for entries in found.values() for run in entries)
     kind = "cpu" if device.startswith("cpu") else "gpu"
     if dtype != "float32":
         kind += f"_{dtype}"
     suite.write(found, folder / f"reproduce_{kind}.json", table(found))
+
+
+def read(file: Path) -> Runs:
+    """The runs in results that were written before."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--add: {file} holds no results of benchmarks.reproduce: {error}"
+        ) from None
+
+
+def finished(runs: Path, before: Runs) -> Runs:
+    """The finished runs of every recipe, those of before and those in the folder of runs."""
+    found = {}
+    for recipe in RECIPES:
+        entries = [*before.get(recipe, []), *collect(runs, recipe)]
+        of_seed = {(run["by"], run["seed"]): run for run in entries}
+        found[recipe] = [of_seed[key] for key in sorted(of_seed)]
+    return found
 
 
 def collect(runs: Path, recipe: str) -> Iterator[dict[str, Any]]:
@@ -140,7 +167,7 @@ def collect(runs: Path, recipe: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> str:
+def table(found: Runs) -> str:
     """The results as Markdown, one recipe a line."""
     lines = [
         "| recipe | tutorial | test accuracy | lowest | highest | seeds | Keras, same recipe "

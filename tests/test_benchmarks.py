@@ -168,9 +168,19 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     assert [run["seed"] for run in found] == list(range(6))
     assert [run["minutes"] for run in found] == [1, 1, 2, 1, 1, 2]
     assert "99.25 ± 0.19 % | 99.00 | 99.50 | 6 |" in (tmp_path / "reproduce_cpu.md").read_text()
+    # Results of before, without their run folders, are kept and not repeated.
+    before = f"--add={tmp_path / 'reproduce_cpu.json'}"
+    reproduce.main(
+        ["--recipes=larger", f"--runs={tmp_path / 'new'}", *flags[-1:], "--seeds=8", before]
+    )
+    assert trained[6:] == [("larger", 6, 2)]
+    found = json.loads((tmp_path / "reproduce_cpu.json").read_text())["larger"]
+    assert [run["seed"] for run in found] == list(range(8))
+    with pytest.raises(UserError, match="nowhere.json holds no results"):
+        reproduce.main([*flags, "--add=nowhere.json"])
     # In bfloat16 they are runs of their own.
     reproduce.main([*flags, "--seeds=1", "--dtype=bfloat16"])
-    assert trained[6:] == [("larger", 0, 1)]
+    assert trained[7:] == [("larger", 0, 1)]
     found = json.loads((tmp_path / "reproduce_cpu_bfloat16.json").read_text())["larger"]
     assert [run["seed"] for run in found] == [0]
     with pytest.raises(UserError, match="in float32 only"):
