@@ -8,9 +8,11 @@ turns. What does not vary is the recipe's batch size, 60,000 images and the netw
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import hardware, recipes, suite, worker
@@ -87,7 +89,7 @@ def measure(
     import numpy as np
 
     from benchmarks.peers import jax_memory
-    from mnist_flax import batches, datasets, loaders, parallel, train
+    from mnist_flax import batches, datasets, epochs, loaders, parallel, train
     from mnist_flax import state as state_lib
 
     rng = np.random.default_rng(0)
@@ -117,13 +119,19 @@ def measure(
     rows = np.repeat(rows[:, None], num_seeds, axis=1)
     pieces = list(data.pieces(rows[: len(rows) // length * length], length))
     state, _ = jax.block_until_ready(programs.train(state, pieces[0]))
-    speeds, begun, turn = [], time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
-        clock = time.perf_counter()
-        state, metrics = programs.train(state, pieces[turn % len(pieces)])
-        count = int(np.sum(metrics.count))
-        speeds.append(count / (time.perf_counter() - clock))
-        turn += 1
+
+    def turns() -> Iterator[loaders.Piece]:
+        until = time.perf_counter() + seconds
+        for piece in itertools.cycle(pieces):
+            yield piece
+            if time.perf_counter() > until:
+                return
+
+    speeds, clock = [], time.perf_counter()
+    for _, metrics in epochs.run_pieces(programs.train, state, turns()):
+        now = time.perf_counter()
+        speeds.append(int(np.sum(metrics.count)) / (now - clock))
+        clock = now
     memory = jax_memory() or worker.peak_memory()
     return {"images_per_second": statistics.median(speeds), "peak_memory_mib": memory / 2**20}
 
@@ -153,12 +161,8 @@ def table(result: dict) -> str:
 
 def plot(result: dict, file: Path) -> None:
     """Speed and memory against each axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, rows = plt.subplots(2, len(AXES), figsize=(11, 5.5), layout="constrained")
+    figure = suite.figure(11, 5.5)
+    rows = figure.subplots(2, len(AXES))
     for column, axis in enumerate(AXES):
         entries = [entry for entry in result["points"] if axis in entry["point"]]
         values = [entry["point"][axis] for entry in entries]
@@ -174,7 +178,6 @@ def plot(result: dict, file: Path) -> None:
     rows[1][0].set_ylabel("peak memory, MiB")
     figure.suptitle(result["network"])
     figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -67,12 +67,8 @@ def table(result: dict) -> str:
 
 def plot(result: dict, file: Path) -> None:
     """Speed against the number of seeds, as a multiple of the speed with the fewest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = suite.figure(7, 4)
+    axes = figure.subplots()
     for network, found in result["images_per_second"].items():
         medians = [statistics.median(values) for values in found.values()]
         axes.plot(list(found), [speed / medians[0] for speed in medians], "o-", label=network)
@@ -83,7 +79,6 @@ def plot(result: dict, file: Path) -> None:
     axes.set_ylabel("images/s in total, relative")
     axes.legend()
     figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

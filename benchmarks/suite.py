@@ -90,24 +90,26 @@ def conditions(result: dict[str, Any]) -> str:
     return f"{result['hardware']}; {', '.join(found)}."
 
 
+def figure(width: float, height: float) -> Any:
+    """An empty Matplotlib figure of that size in inches."""
+    # Imported by the scripts that plot alone, and without pyplot, which looks for a screen.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def bars(panels: dict[str, dict[str, Sequence[float]]], file: Path) -> None:
     """Plots medians as bars, with the lowest and highest, in one panel for each title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 2.6), squeeze=False, sharey=True)
-    for panel, (title, bars) in zip(axes[0], panels.items(), strict=True):
-        medians = [statistics.median(values) for values in bars.values()]
-        below = [m - min(values) for m, values in zip(medians, bars.values(), strict=True)]
-        above = [max(values) - m for m, values in zip(medians, bars.values(), strict=True)]
-        panel.barh(list(bars), medians, xerr=(below, above), color="gray", capsize=3)
+    drawn = figure(9, 2.6)
+    axes = drawn.subplots(1, len(panels), squeeze=False, sharey=True)
+    for panel, (title, named) in zip(axes[0], panels.items(), strict=True):
+        medians = [statistics.median(values) for values in named.values()]
+        below = [m - min(values) for m, values in zip(medians, named.values(), strict=True)]
+        above = [max(values) - m for m, values in zip(medians, named.values(), strict=True)]
+        panel.barh(list(named), medians, xerr=(below, above), color="gray", capsize=3)
         panel.set_xlabel(title)
     axes[0][0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    drawn.savefig(file, dpi=120)
 
 
 def spread(values: Sequence[float], form: str = ",.0f", unit: str = "") -> str:

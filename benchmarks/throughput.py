@@ -290,13 +290,9 @@ def costs(report: dict) -> str:
 
 def plot(measured: dict[str, dict], file: Path) -> None:
     """Bars of every peer's speed, as a share of ours."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = [p for p in PEERS if any(p in result["peers"] for result in measured.values())]
-    figure, axes = plt.subplots(figsize=(1.6 * len(measured) + 2, 4.5), layout="constrained")
+    figure = suite.figure(1.6 * len(measured) + 2, 4.5)
+    axes = figure.subplots()
     width = 0.8 / len(names)
     for i, peer in enumerate(names):
         have = [(j, r["peers"]) for j, r in enumerate(measured.values()) if peer in r["peers"]]
@@ -307,7 +303,6 @@ def plot(measured: dict[str, dict], file: Path) -> None:
     axes.set_ylabel(f"training speed, {OURS} = 1")
     figure.legend(loc="outside upper center", ncols=5, fontsize="small")
     figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def spec_of(network: str) -> dict | None:

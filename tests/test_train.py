@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,18 @@ def test_a_finished_run_says_so_and_does_nothing(whole_run, capsys, monkeypatch)
     assert train.train_and_evaluate(small_config(), run_dir) == summary
     assert "is finished" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
+
+
+def test_a_run_whose_metrics_were_deleted_gets_its_summary_without_a_speed(whole_run, tmp_path):
+    run_dir, summary = whole_run
+    shutil.copytree(run_dir, tmp_path / "run")
+    for name in ("summary.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).unlink()
+    again = train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert again["images_per_second"] is None
+    assert [again[key] for key in ("test_loss", "test_accuracy")] == [
+        summary[key] for key in ("test_loss", "test_accuracy")
+    ]
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
