@@ -103,8 +103,7 @@ def table(result: dict) -> str:
     count = len(next(iter(result["images_per_second"].values())))
     lines += [
         "",
-        f"`{result['network']}` on MNIST-shaped images; medians of {count} runs; "
-        f"{suite.conditions(result)}",
+        f"`{result['network']}`; medians of {count} runs; {suite.conditions(result)}",
     ]
     return "\n".join(lines) + "\n"
 

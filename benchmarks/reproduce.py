@@ -4,11 +4,11 @@
     python -m benchmarks.reproduce --recipes larger --seeds 20
     python -m benchmarks.reproduce --keras                      # the same recipes in Keras
     python -m benchmarks.reproduce --dtype bfloat16 --recipes larger --seeds 3
-    python -m benchmarks.reproduce --seeds 20 --add benchmarks/results/reproduce_cpu.json
+    python -m benchmarks.reproduce --seeds 20 --add             # those that the results lack
 
-A run that is stopped goes on where it was, and a finished one is not repeated. What counts is
-the accuracy after the last epoch; no epoch is picked. The table is of all finished runs in the
-folder of runs and, with --add, in the results of before.
+A run that is stopped goes on where it was, and a finished one in the folder of runs is not
+repeated, nor with --add one that the results have. What counts is the accuracy after the last
+epoch; no epoch is picked. The results keep what they had, but for the seeds that were trained.
 """
 
 import json
@@ -34,8 +34,8 @@ class Recipe(NamedTuple):
     seeds: int
 
 
-# One entry a seed, of each recipe.
-Runs = dict[str, list[dict[str, Any]]]
+# Of each recipe, one entry a seed.
+Results = dict[str, list[dict[str, Any]]]
 
 RECIPES = {
     "larger": Recipe(99.03, 10),
@@ -61,57 +61,60 @@ def main(argv: list[str] | None = None) -> None:
         default=environment.cores(),
         help="seeds trained at once; default: the cores (%(default)s)",
     )
+    parser.add_argument("--add", action="store_true", help="do not repeat what the results have")
     parser.add_argument("--keras", action="store_true", help="train in Keras, as measured beside")
     parser.add_argument(
         "--dtype", choices=COMPUTE_DTYPES, default="float32", help="default: %(default)s"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="run folders")
     parser.add_argument(
-        "--add", type=Path, metavar="JSON", help="results of before, to keep and not to repeat"
+        "--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
     )
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="run folders")
     args = parser.parse_args(argv)
-    if args.dtype != "float32":
-        if args.keras:
-            raise UserError("in Keras the recipes are trained in float32 only: leave out --dtype")
-        args.runs = args.runs / args.dtype
-    before = read(args.add) if args.add else {}
+    if args.keras and args.dtype != "float32":
+        raise UserError("in Keras the recipes are trained in float32 only: leave out --dtype")
+    kind = args.device if args.dtype == "float32" else f"{args.device}_{args.dtype}"
+    file, runs = args.results / f"reproduce_{kind}.json", args.runs.absolute() / kind
+    before = json.loads(file.read_text()) if file.exists() else {}
+    env = os.environ | suite.on_device(args.device)
+    by = "keras" if args.keras else "mnist_flax"
     for recipe in args.recipes:
-        by = "keras" if args.keras else "mnist_flax"
-        done = {run["seed"] for run in finished(args.runs, before)[recipe] if run["by"] == by}
+        runs_done = merged(before if args.add else {}, runs)[recipe]
+        done = {run["seed"] for run in runs_done if run["by"] == by}
         left = [seed for seed in range(args.seeds or RECIPES[recipe].seeds) if seed not in done]
         while left:
             if args.keras:
-                train_in_keras(recipe, left[: args.together], args.runs)
+                train_in_keras(recipe, left[: args.together], runs, env)
                 del left[: args.together]
             else:
                 # Seeds that follow one another.
                 count = 1
                 while count < min(args.together, len(left)) and left[count] == left[0] + count:
                     count += 1
-                train(recipe, left[0], count, args.dtype, args.runs)
+                train(recipe, left[0], count, args.dtype, runs, env)
                 del left[:count]
-            write(finished(args.runs, before), args.dtype, args.results)
-    write(finished(args.runs, before), args.dtype, args.results)
+            write(before, runs, file)
+    write(before, runs, file)
 
 
-def train(recipe: str, first: int, count: int, dtype: str, runs: Path) -> None:
+def train(recipe: str, first: int, count: int, dtype: str, runs: Path, env: dict[str, str]) -> None:
     """Runs, or finishes, the training of some seeds in a process of its own."""
     command = [sys.executable, "-m", "mnist_flax.main", f"--config=configs/{recipe}.py"]
     command += [f"--config.seed={first}", f"--config.num_seeds={count}"]
     command.append(f"--config.compute_dtype={dtype}")
-    run_dir = runs.absolute() / f"{recipe}-seeds{first}-{first + count - 1}"
-    subprocess.run([*command, f"--workdir={run_dir}"], check=True, cwd=ROOT)
+    run_dir = runs / f"{recipe}-seeds{first}-{first + count - 1}"
+    subprocess.run([*command, f"--workdir={run_dir}"], check=True, cwd=ROOT, env=env)
 
 
-def train_in_keras(recipe: str, seeds: list[int], runs: Path) -> None:
+def train_in_keras(recipe: str, seeds: list[int], runs: Path, env: dict[str, str]) -> None:
     """The same in Keras, a process for each seed; a run that is stopped begins again."""
     command = [sys.executable, "-m", "benchmarks.scripts.keras_recipe", recipe, str(len(seeds))]
     threads = str(max(1, environment.cores() // len(seeds)))
     names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
-    env = os.environ | dict.fromkeys(names, threads) | {"KERAS_BACKEND": "tensorflow"}
+    env = env | dict.fromkeys(names, threads) | {"KERAS_BACKEND": "tensorflow"}
     running = []
     for seed in seeds:
-        file = runs.absolute() / f"{recipe}-keras-seed{seed}" / "summary.json"
+        file = runs / f"{recipe}-keras-seed{seed}" / "summary.json"
         running.append(subprocess.Popen([*command, str(seed), str(file)], cwd=ROOT, env=env))
     # All of them, before one that failed ends this.
     codes = [process.wait() for process in running]
@@ -119,27 +122,14 @@ def train_in_keras(recipe: str, seeds: list[int], runs: Path) -> None:
         raise SystemExit(f"{recipe} in Keras failed, as said above")
 
 
-def write(found: Runs, dtype: str, folder: Path) -> None:
-    """Writes the results of all finished runs as JSON and as a table."""
-    device = next(run["device"] for entries in found.values() for run in entries)
-    kind = "cpu" if device.startswith("cpu") else "gpu"
-    if dtype != "float32":
-        kind += f"_{dtype}"
-    suite.write(found, folder / f"reproduce_{kind}.json", table(found))
+def write(before: Results, runs: Path, file: Path) -> None:
+    """Writes the results of before and of all finished runs as JSON and as a table."""
+    found = merged(before, runs)
+    suite.write(found, file, table(found))
 
 
-def read(file: Path) -> Runs:
-    """The runs in results that were written before."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--add: {file} holds no results of benchmarks.reproduce: {error}"
-        ) from None
-
-
-def finished(runs: Path, before: Runs) -> Runs:
-    """The finished runs of every recipe, those of before and those in the folder of runs."""
+def merged(before: Results, runs: Path) -> Results:
+    """The results of before, but where a finished run in the folder has the same seed."""
     found = {}
     for recipe in RECIPES:
         entries = [*before.get(recipe, []), *collect(runs, recipe)]
@@ -167,14 +157,14 @@ def collect(runs: Path, recipe: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def table(found: Runs) -> str:
+def table(found: Results) -> str:
     """The results as Markdown, one recipe a line."""
     lines = [
         "| recipe | tutorial | test accuracy | lowest | highest | seeds | Keras, same recipe "
         "| minutes a seed: ours, Keras |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    versions: dict[str, str] = {}
+    devices, versions = {}, {}
     for recipe, runs in found.items():
         ours = [run for run in runs if run["by"] == "mnist_flax"]
         keras = [run for run in runs if run["by"] == "keras"]
@@ -190,13 +180,15 @@ def table(found: Runs) -> str:
         lines.append(
             f"| `{recipe}` | {printed} | {own} | {theirs} | {_minutes(ours)}, {_minutes(keras)} |"
         )
+        # In order and each once; they differ where results of before were kept.
         for run in runs:
-            versions |= run["versions"]
-            device = run["device"]
-    conditions = ", ".join(f"{name} {version}" for name, version in versions.items())
+            devices[run["device"]] = None
+            for name, version in run["versions"].items():
+                versions.setdefault(name, {})[version] = None
+    conditions = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
     return (
         "\n".join(lines) + "\n\nMean ± standard deviation over the seeds, after the last epoch; "
-        f"{device}; {conditions}.\n"
+        f"{' and '.join(devices)}; {conditions}.\n"
     )
 
 

@@ -105,10 +105,9 @@ def run(script: str, network: str, dataset: str, folder: Path) -> dict[str, floa
         if script == OURS:
             shutil.rmtree(folder / "cache", ignore_errors=True)
     kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    env = kept | {
+    env = kept | suite.on_device("cpu")
+    env |= {
         "XDG_CACHE_HOME": str(folder / "cache"),
-        "JAX_PLATFORMS": "cpu",
-        "CUDA_VISIBLE_DEVICES": "-1",
         "KERAS_BACKEND": "tensorflow",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }

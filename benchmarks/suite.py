@@ -47,16 +47,26 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 def child(name: str, device: str, *flags: str) -> dict[str, Any]:
     """The JSON that `benchmarks.<name>` prints last, in a process of its own on that device."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda",
-        # A program from a cache leaves out the memory that compiling takes.
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-    }
+    # A program from a cache leaves out the memory that compiling takes.
+    env = os.environ | on_device(device) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"benchmarks.{name} failed, as said above")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def on_device(device: str) -> dict[str, str]:
+    """Environment variables with which a process computes on the device "cpu" or "gpu" alone."""
+    if device == "cpu":
+        return {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
+    return {
+        # Named, since JAX would fall back to the CPU.
+        "JAX_PLATFORMS": "cuda",
+        # Several processes share the memory.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    }
 
 
 def check_installed(*needs: tuple[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Training speed beside what a user would pick instead: Keras, PyTorch and a plain Flax loop.
 
-    python -m benchmarks.throughput                                  # what the README shows
+    python -m benchmarks.throughput                                  # every network and peer
     python -m benchmarks.throughput --networks larger --peers torch keras-tf
     python -m benchmarks.throughput --device gpu --dtype bfloat16
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from benchmarks import hardware, recipes, suite
 from mnist_flax import batches, cli, datasets, models
+from mnist_flax.config import COMPUTE_DTYPES
 from mnist_flax.errors import UserError
 
 NETWORKS = (
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         "--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
+        "--dtype", choices=COMPUTE_DTYPES, default="float32", help="default: %(default)s"
     )
     parser.add_argument(
         "--seconds",
@@ -170,21 +171,15 @@ def write_job(folder: Path, network: str, args: argparse.Namespace) -> None:
 def start(peer: str, folder: Path, device: str) -> subprocess.Popen:
     """A worker process of the peer, on the device; its stderr goes to a file in the folder."""
     kind = PEERS[peer]
-    env = os.environ | {
+    env = os.environ | suite.on_device(device)
+    env |= {
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        # On a GPU several processes share the memory.
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
         # The first step is that of a program never compiled before.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
     }
     if kind.backend:
         env["KERAS_BACKEND"] = kind.backend
-    # Named, since JAX would fall back from a GPU to the CPU.
-    env["JAX_PLATFORMS"] = "cpu" if device == "cpu" else "cuda"
-    if device == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = "-1"
     command = [sys.executable, "-m", "benchmarks.worker", str(folder), kind.module, kind.variant]
     with open(folder / f"{peer}.log", "w") as log_file:
         return subprocess.Popen(

@@ -63,8 +63,8 @@ class Dropout(nn.Module):
     """`flax.linen.Dropout` from 16 random bits a number: half the time of 32.
 
     Attributes:
-        rate: the share of numbers that become zero, kept to 1/65,536; the others are scaled by
-            1 / (1 - rate).
+        rate: the share of numbers that become zero, rounded to a multiple of 1/65,536; the
+            others are scaled by 1 / (1 - rate).
     """
 
     rate: float
@@ -75,6 +75,8 @@ class Dropout(nn.Module):
         if not train:
             return x
         dropped = round(self.rate * 2**16)
+        if dropped == 2**16:
+            return jnp.zeros_like(x)
         pairs = random_bits.bits(self.make_rng("dropout"), -(-x.size // 2))
         bits = jnp.concatenate([pairs & 0xFFFF, pairs >> 16])[: x.size].reshape(x.shape)
         return jnp.where(bits >= dropped, x * (2**16 / (2**16 - dropped)), 0)

@@ -64,7 +64,8 @@ class Streamed:
     """Examples that are read, decoded and sent, by Grain, while the devices work.
 
     A process reads what its own devices need, and a device gets nothing but its share of each
-    batch. A few pieces of at most 64 MiB are held at a time, whatever the size of the data set.
+    batch. A few pieces of at most 64 MiB, or of one step, are held at a time, whatever the size of
+    the data set.
     """
 
     shared = False

@@ -8,6 +8,7 @@ the others once a step, where the gradients are summed.
 import importlib.metadata
 import math
 import os
+import warnings
 
 import jax
 import numpy as np
@@ -36,6 +37,12 @@ def mesh(config: ConfigDict) -> Mesh:
     _make_cores_devices(min(cores, math.prod(_shape(config, cores))))
     devices = jax.devices()
     on_cpu = devices[0].platform == "cpu"
+    if on_cpu and not _cpu_only():
+        warnings.warn(
+            "JAX has a plugin for GPU or TPU and could not use one: this runs on CPU; "
+            "set JAX_PLATFORMS=cpu where that is meant",
+            stacklevel=2,
+        )
     shape = _shape(config, min(cores, len(devices)) if on_cpu else 1)
     if (count := math.prod(shape)) > len(devices):
         raise UserError(

@@ -19,9 +19,10 @@ def main() -> None:
         action="store_true",
         help="for dark ink on light paper: the networks were trained on light digits on black",
     )
+    parser.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
     parser.add_argument("--seed", type=int, help="which network of a run with several seeds")
     args = parser.parse_args()
-    run = trained.load(args.run_dir, seed=args.seed)
+    run = trained.load(args.run_dir, args.step, args.seed)
     pixels = np.stack([read(Path(p), run.image_shape, args.invert) for p in args.images])
     for path, probabilities in zip(args.images, run.predict(pixels), strict=True):
         best = int(probabilities.argmax())
@@ -31,17 +32,29 @@ def main() -> None:
 def read(path: Path, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
     """An image file as uint8 [H, W, C], resized to `shape`.
 
+    It is turned as its EXIF data say. What is transparent is black, or with `invert` the white
+    paper.
+
     Raises:
-        UserError: the file is not there or is no image, or `shape` has neither 1 nor 3 channels.
+        UserError: the file is not there or is no image of 8 or 16 bits, or `shape` has neither 1
+            nor 3 channels.
     """
     if shape[2] not in (1, 3):
         raise UserError(f"image files have 1 or 3 channels, and the network takes {shape[2]}")
     try:
-        image = Image.open(path).convert("L" if shape[2] == 1 else "RGB")
+        image = ImageOps.exif_transpose(Image.open(path))
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path} cannot be read as an image ({error}): give a PNG or JPEG"
         ) from None
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UserError(f"{path} has pixels of 32 bits: give 8 or 16 bits")
+    elif image.has_transparency_data:
+        paper = Image.new("RGBA", image.size, "white" if invert else "black")
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
+    image = image.convert("L" if shape[2] == 1 else "RGB")
     image = image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
     return np.asarray(ImageOps.invert(image) if invert else image).reshape(shape)
 

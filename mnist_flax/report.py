@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def header(config: ConfigDict, parameters: int, data: "Data", run_dir: Path, device: str) -> None:
-    """Network, data, device and run folder, before anything slow starts."""
+    """Network, data, device and run folder, before compiling and training."""
     counts = [f"{data.train.size:,} to train on ({config.data.train_split})"]
     if data.watch is not None and data.watch is not data.test:
         counts.append(f"{data.watch.size:,} to watch ({config.data.watch_split})")
@@ -142,4 +142,4 @@ def finished_before(run_dir: Path) -> None:
 
 def stopped(message: str, resuming_command: str) -> None:
     """How to go on after a signal."""
-    print(f"{message} and saved; go on with\n  {resuming_command}", file=sys.stderr, flush=True)
+    print(f"{message}; go on with\n  {resuming_command}", file=sys.stderr, flush=True)

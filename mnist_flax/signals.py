@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 
 class Stopped(Exception):
-    """The run was stopped by `signum` and is saved."""
+    """The run was stopped by `signum`; it is saved if a step had been made."""
 
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+    def __init__(self, signum: int, saved: bool):
+        how = "and saved" if saved else "before the first step"
+        super().__init__(f"stopped by {signal.Signals(signum).name} {how}")
         self.signum = signum
 
 

@@ -102,7 +102,8 @@ def train_step(
 
     Under `jax.pmap` or `shard_map`, `axis_name` names the axis over which the batch is split:
     the update and the metrics are then those of the whole batch, on every device. Dropout uses
-    `fold_in(state.key, state.step)`, folded again with the device's index on that axis.
+    `fold_in(state.key, state.step)`, folded again with the device's index on that axis. A
+    `nn.BatchNorm` must be given that axis too, and takes the padding of a short batch for images.
     """
     count = _sum_over(axis_name, batch.mask.sum())
     state, metrics = _update(state, batch, count, model=model, tx=tx, axis_name=axis_name)

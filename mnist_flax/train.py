@@ -1,9 +1,10 @@
-"""The training loop: the only place that knows when something happens."""
+"""The training loop: when to train, score, report, save and stop."""
 
 import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -88,7 +89,7 @@ class Data(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """What a run compiles: it runs nothing else on the device."""
+    """What a run compiles, beside the initial state."""
 
     train: Callable[[TrainState, Piece], tuple[TrainState, steps.Metrics]]
     score_watch: Callable[[Any], dict[str, Any]] | None
@@ -111,7 +112,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
     Raises:
         UserError: what was given cannot be run, or training diverged.
-        signals.Stopped: SIGINT or SIGTERM arrived; the run is saved.
+        signals.Stopped: SIGINT or SIGTERM arrived; what was trained is saved.
     """
     began = time.perf_counter()
     run_dir = Path(workdir)
@@ -148,6 +149,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         "num_classes": data.num_classes,
         "config": config.to_dict(),
         "versions": environment.versions(),
+        "devices_a_batch": mesh.shape[parallel.AXIS],
     }
     # Signals outside, so that one that arrives while the last checkpoint is written waits.
     with (
@@ -160,6 +162,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             state, record = restored
             position = Position(**record["position"])
             report.resuming(state_lib.updates(state), position.epoch, config.epochs)
+            _check_devices(record.get("devices_a_batch"), constants["devices_a_batch"])
         rundir.start_metrics(run_dir, state_lib.updates(state))
         earlier = position.wall_seconds
 
@@ -191,7 +194,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
                 manager, state, constants | {"position": position.record()}, watch_accuracy
             )
     if received:
-        raise signals.Stopped(received[0])
+        raise signals.Stopped(received[0], saved=state_lib.updates(state) > 0)
 
     score = programs.score_test(state_lib.variables(state))
     check_finite("the test loss", [score["loss"]], position)
@@ -282,8 +285,8 @@ def initial_state(
         _check_memory(config.num_seeds, jax.eval_shape(create, abstract), mesh)
         seeds = np.array(seeds_of(config), np.uint32)
     # Jitted, as Linen's initialisation run op by op compiles a program for each op; and barely
-    # optimised, as it runs once: compiling it well takes two seconds longer.
-    options = {"xla_backend_optimization_level": 0}
+    # optimised on CPU, as it runs once: compiling it well takes two seconds longer.
+    options = {"xla_backend_optimization_level": 0} if _on_cpu() else None
     return jax.jit(create, out_shardings=sharding, compiler_options=options)(seeds)
 
 
@@ -312,18 +315,25 @@ def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
 def piece_length(config: ConfigDict, num_examples: int, most: int) -> int:
     """Steps that run as one program, between which the host may report, save or stop.
 
-    About a twentieth of an epoch, and no more than bring `most` examples where one step does
-    not. A length that divides the epoch is preferred, since the remainder would be a second
-    program to compile. `checkpoint.every_steps` must be a multiple.
+    About a twentieth of an epoch, where that takes the device a while, and no more than bring
+    `most` examples where one step does not. A length that divides the epoch is preferred, since
+    the remainder would be a second program to compile; one that divides `checkpoint.every_steps`
+    is taken in any case.
     """
     steps, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
-    length = steps if steps <= 50 else max(10, steps // 20)
+    # On GPU and TPU a step is too short to come back to the host every few.
+    least = 10 if _on_cpu() else 1000
+    length = steps if steps <= 5 * least else max(least, steps // 20)
     cap = max(1, most // (config.batch_size * config.num_seeds))
     length = min(length, cap)
     if 0 < every < steps:
         divisors = [n for n in range(1, min(every, cap) + 1) if every % n == 0]
         return min(divisors, key=lambda n: max(n, length) / min(n, length))
     return next((n for n in range(length, min(2 * length, cap + 1)) if steps % n == 0), length)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def compile_programs(
@@ -442,6 +452,16 @@ def _over_seeds(config: ConfigDict, scores: dict[str, Any]) -> dict[str, Any]:
     return means | {"seeds": each}
 
 
+def _check_devices(before: int | None, now: int) -> None:
+    """Warns where a resumed run has not as many devices a batch as it had."""
+    if before not in (None, now):
+        warnings.warn(
+            f"devices a batch: {before} before, {now} now; each draws its own dropout, so that the "
+            "result is not bit for bit that of a run that was never stopped",
+            stacklevel=2,
+        )
+
+
 def _check_finite(
     config: ConfigDict,
     manager: Any,
@@ -460,7 +480,9 @@ def _check_finite(
         epoch = min(position.epoch + 1, config.epochs)
         saved = manager.latest_step()
         kept = (
-            f"the checkpoint of step {saved:,} is kept" if saved else "there is no checkpoint yet"
+            f"the checkpoint of step {saved:,} is kept"
+            if saved is not None
+            else "there is no checkpoint yet"
         )
         raise UserError(
             f"training diverged in epoch {epoch}: {what} became NaN or infinite "

@@ -61,23 +61,23 @@ def mnist(mnist_gz, prepared) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled_once():
-    """Lets runs of one configuration share what they compile, which takes most of their time."""
+    """Lets runs of one configuration and mesh share what they compile, most of their time."""
     initial_state, compile_programs = train.initial_state, train.compile_programs
     compiled = {}
 
-    def shared(kind, config, make):
-        key = kind, config.to_json()
+    def shared(kind, config, mesh, make):
+        key = kind, config.to_json(), mesh
         if key not in compiled:
             compiled[key] = make()
         return compiled[key]
 
     def state_copy(config, *args):
         # A copy, since a run donates it.
-        state = shared("state", config, lambda: initial_state(config, *args))
+        state = shared("state", config, args[-1], lambda: initial_state(config, *args))
         return jax.tree.map(jnp.copy, state)
 
     def programs(config, *args):
-        return shared("programs", config, lambda: compile_programs(config, *args))
+        return shared("programs", config, args[-1], lambda: compile_programs(config, *args))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "initial_state", state_copy)

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +136,10 @@ def test_the_table_of_accuracies():
     )
     assert "convnet" not in text
     assert "cpu (2 cores); jax 1, keras 3.\n" in text
+    old = run(0.98) | {"device": "cpu (8 cores)", "versions": {"jax": "0"}}
+    assert "cpu (8 cores) and cpu (2 cores); jax 0 and 1.\n" in reproduce.table(
+        {"larger": [old, run(0.99)]}
+    )
     text = reproduce.table({"convnet": [run(0.98, "keras")]})
     assert "| `convnet` | 99.22 % | – | – | – | 0 | 98.00 % (1) | –, 1.5 |\n" in text
 
@@ -142,8 +147,9 @@ def test_the_table_of_accuracies():
 def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     trained = []
 
-    def finish(recipe, first, count, dtype, runs):
+    def finish(recipe, first, count, dtype, runs, env):
         trained.append((recipe, first, count))
+        assert env["JAX_PLATFORMS"] == ("cuda" if "gpu" in runs.name else "cpu")
         folder = runs / f"{recipe}-seeds{first}-{first + count - 1}"
         folder.mkdir(parents=True)
         facts = {"device": "cpu (2 cores)", "versions": {"jax": "1"}, "wall_seconds": 120}
@@ -154,37 +160,35 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
         own = {"seeds": seeds} if count > 1 else seeds[0]
         (folder / "summary.json").write_text(json.dumps(facts | own))
 
+    def reproduce_larger(*flags, runs="runs"):
+        trained.clear()
+        flags += ("--recipes=larger", f"--runs={tmp_path / runs}", f"--results={tmp_path}")
+        reproduce.main([*flags, "--together=2"])
+        return trained
+
+    def results(kind="cpu"):
+        return json.loads((tmp_path / f"reproduce_{kind}.json").read_text())["larger"]
+
     monkeypatch.setattr(reproduce, "train", finish)
-    flags = ["--recipes", "larger", "--together=2", f"--runs={tmp_path / 'runs'}"]
-    flags += [f"--results={tmp_path}"]
-    reproduce.main([*flags, "--seeds=3"])
-    assert trained == [("larger", 0, 2), ("larger", 2, 1)]
-    reproduce.main([*flags, "--seeds=6"])
-    assert trained[2:] == [("larger", 3, 2), ("larger", 5, 1)]
-    monkeypatch.setattr(reproduce, "train_in_keras", lambda recipe, seeds, _: trained.append(seeds))
-    reproduce.main([*flags, "--seeds=3", "--keras"])
-    assert trained[4:] == [[0, 1], [2]]
-    found = json.loads((tmp_path / "reproduce_cpu.json").read_text())["larger"]
-    assert [run["seed"] for run in found] == list(range(6))
-    assert [run["minutes"] for run in found] == [1, 1, 2, 1, 1, 2]
+    monkeypatch.setattr(reproduce, "train_in_keras", lambda _, seeds, *rest: trained.append(seeds))
+    assert reproduce_larger("--seeds=3") == [("larger", 0, 2), ("larger", 2, 1)]
+    assert reproduce_larger("--seeds=6") == [("larger", 3, 2), ("larger", 5, 1)]
+    assert reproduce_larger("--seeds=3", "--keras") == [[0, 1], [2]]
+    assert [run["seed"] for run in results()] == list(range(6))
+    assert [run["minutes"] for run in results()] == [1, 1, 2, 1, 1, 2]
     assert "99.25 ± 0.19 % | 99.00 | 99.50 | 6 |" in (tmp_path / "reproduce_cpu.md").read_text()
-    # Results of before, without their run folders, are kept and not repeated.
-    before = f"--add={tmp_path / 'reproduce_cpu.json'}"
-    reproduce.main(
-        ["--recipes=larger", f"--runs={tmp_path / 'new'}", *flags[-1:], "--seeds=8", before]
-    )
-    assert trained[6:] == [("larger", 6, 2)]
-    found = json.loads((tmp_path / "reproduce_cpu.json").read_text())["larger"]
-    assert [run["seed"] for run in found] == list(range(8))
-    with pytest.raises(UserError, match="nowhere.json holds no results"):
-        reproduce.main([*flags, "--add=nowhere.json"])
-    # In bfloat16 they are runs of their own.
-    reproduce.main([*flags, "--seeds=1", "--dtype=bfloat16"])
-    assert trained[7:] == [("larger", 0, 1)]
-    found = json.loads((tmp_path / "reproduce_cpu_bfloat16.json").read_text())["larger"]
-    assert [run["seed"] for run in found] == [0]
+    # Without their run folders: results are kept, and with --add not made again.
+    assert reproduce_larger("--seeds=8", "--add", runs="new") == [("larger", 6, 2)]
+    assert reproduce_larger("--seeds=1", runs="newer") == [("larger", 0, 1)]
+    assert [run["seed"] for run in results()] == list(range(8))
+    assert [run["minutes"] for run in results()] == [2, 1, 2, 1, 1, 2, 1, 1]
+    # In bfloat16 and on a GPU they are runs of their own.
+    assert reproduce_larger("--seeds=1", "--dtype=bfloat16") == [("larger", 0, 1)]
+    assert reproduce_larger("--seeds=1", "--device=gpu") == [("larger", 0, 1)]
+    for kind in ("cpu_bfloat16", "gpu"):
+        assert [run["seed"] for run in results(kind)] == [0]
     with pytest.raises(UserError, match="in float32 only"):
-        reproduce.main([*flags, "--keras", "--dtype=bfloat16"])
+        reproduce_larger("--keras", "--dtype=bfloat16")
 
 
 def test_the_work_of_larger_by_hand():
@@ -222,6 +226,26 @@ def test_a_profile_names_the_parts_of_a_step():
     assert set(found["parts"]) == {"forward", "backward", "optimizer", "gather", "other"}
     assert found["parts"]["backward"] > found["parts"]["forward"] > 0
     assert found["step"] > 0 and len(found["largest"]) == 5
+
+
+def test_of_a_gpus_profile_its_own_kernels_count():
+    def plane(name, *events):
+        events = [
+            SimpleNamespace(name=event, stats=[("hlo_op", op)] if op else [], duration_ns=2000)
+            for event, op in events
+        ]
+        return SimpleNamespace(name=name, lines=[SimpleNamespace(events=events)])
+
+    program = (
+        '  fusion.1 = f32[] fusion(a), metadata={op_name="jvp(x)"}\n'
+        "  copy.2 = f32[] copy(a)\n"
+        '  while.3 = f32[] while(a), metadata={op_name="loop"}\n'
+    )
+    device = plane("/device:GPU:0", ("kernel", "fusion.1"), ("kernel", "copy.2"), ("wait", None))
+    host = plane("/host:CUPTI", ("fusion.1", None))
+    found = limits.operations(SimpleNamespace(planes=[host, device]), program)
+    assert found == {("fusion.1", "jvp(x)"): 2, ("copy.2", ""): 2}
+    assert limits.part("") == "other"
 
 
 @pytest.mark.parametrize("flags", [["--repetitions=0"], ["--seconds=-1"], ["--seconds=nan"]])

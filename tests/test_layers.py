@@ -270,3 +270,5 @@ def test_dropout():
     other = layers.Dropout(0.2).apply({}, x, train=True, rngs={"dropout": jax.random.key(1)})
     assert abs(((other != 0) & kept).mean() - 0.64) < 4 * np.sqrt(0.64 * 0.36 / x.size)
     np.testing.assert_array_equal(layers.Dropout(0.2).apply({}, x, train=False), x)
+    all_dropped = layers.Dropout(1.0).apply({}, x, train=True, rngs={"dropout": key})
+    np.testing.assert_array_equal(all_dropped, np.zeros_like(x))

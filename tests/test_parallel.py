@@ -46,6 +46,15 @@ def test_devices_together_train_and_score_as_one():
     assert score["loss"] == pytest.approx(alone_score["loss"], rel=1e-4)
 
 
+def test_a_plugin_without_its_device_is_said(monkeypatch, recwarn):
+    parallel.mesh(config_lib.default())
+    assert not recwarn
+    # As where JAX may choose, and there is a plugin for a GPU.
+    monkeypatch.setattr(parallel, "_cpu_only", lambda: False)
+    with pytest.warns(UserWarning, match="could not use one: this runs on CPU"):
+        parallel.mesh(config_lib.default())
+
+
 def test_more_devices_than_there_are_are_refused():
     config = config_lib.default()
     config.parallel = 5

@@ -171,6 +171,20 @@ def test_a_run_stopped_inside_an_epoch_ends_bitwise_the_same(tmp_path, monkeypat
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_resumed_run_with_other_devices_a_batch_says_so(tmp_path, monkeypatch):
+    def stop(row, config):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = small_config(parallel=0, epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "epoch", stop)
+        with pytest.raises(signals.Stopped, match="SIGTERM and saved"):
+            train.train_and_evaluate(config, tmp_path / "run")
+    monkeypatch.setattr(parallel, "_LEAST_EXAMPLES", 8)
+    with pytest.warns(UserWarning, match="devices a batch: 1 before, 2 now"):
+        train.train_and_evaluate(config, tmp_path / "run")
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(whole_run, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
@@ -307,7 +321,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, monkeypat
         return compile_programs(*args)
 
     monkeypatch.setattr(train, "compile_programs", interrupted)
-    with pytest.raises(signals.Stopped, match="SIGTERM"):
+    with pytest.raises(signals.Stopped, match="SIGTERM before the first step"):
         train.train_and_evaluate(small_config(), tmp_path / "run")
     assert rundir.read_metrics(tmp_path / "run") == []
 
@@ -400,6 +414,12 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
     config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
     assert train.piece_length(config, 10 * steps - 3, most=10 * steps) == length
+
+
+@pytest.mark.parametrize(("steps", "length"), [(300, 300), (4999, 4999), (6750, 1125)])
+def test_a_gpu_gets_an_epoch_as_one_program_where_it_is_short(steps, length, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert train.piece_length(small_config(batch_size=10), 10 * steps, 10 * steps) == length
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,30 @@ def test_predict_reads_image_files(run_dir, run, images, tmp_path, capsys, monke
     )
 
 
+def test_predict_reads_what_a_viewer_shows(tmp_path):
+    def read(image, invert=False, **options):
+        image.save(tmp_path / "image.png", **options)
+        return predict.read(tmp_path / "image.png", (28, 28, 1), invert)
+
+    ramp = np.arange(28 * 28, dtype=np.uint8).reshape(28, 28)
+    # 16 bits a pixel.
+    wide = Image.fromarray(ramp.astype(np.uint16) * 256 + 255)
+    np.testing.assert_array_equal(read(wide)[..., 0], ramp)
+    # Ink on nothing: on white paper, or on black as the training images.
+    for ink, invert in ((0, True), (255, False)):
+        drawn = Image.fromarray(np.dstack([np.full((28, 28), ink, np.uint8), ramp]), "LA")
+        np.testing.assert_array_equal(read(drawn, invert)[..., 0], ramp)
+    # A photograph that is to be turned by a quarter to the right.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    np.testing.assert_array_equal(
+        read(Image.fromarray(ramp), exif=exif)[..., 0], np.rot90(ramp, -1)
+    )
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "image.tiff")
+    with pytest.raises(UserError, match="pixels of 32 bits: give 8 or 16 bits"):
+        predict.read(tmp_path / "image.tiff", (28, 28, 1), invert=False)
+
+
 @pytest.mark.parametrize("content", [None, b"no image"])
 def test_predict_refuses_what_is_no_image(tmp_path, content):
     path = tmp_path / "image.png"

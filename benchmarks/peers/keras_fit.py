@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from benchmarks.peers import EPSILON, LEARNING_RATE, PROBE, RHO, Data, Job, Peer
+from benchmarks.peers import EPSILON, LEARNING_RATE, PROBE, RHO, Data, Job, Peer, jax_memory
 
 # As many as pay: `larger` is 1.04 times as fast as with 20, and no faster with 300.
 STEPS_PER_EXECUTION = 100
@@ -41,6 +41,14 @@ def network(spec: dict | None) -> keras.Model:
     return keras.Model(image, layers.Dense(10, dtype="float32")(x))
 
 
+def require_gpu() -> None:
+    """Raises SystemExit where TensorFlow would compute on the CPU."""
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):
+        raise SystemExit("TensorFlow sees no GPU: pip install 'tensorflow[and-cuda]'")
+
+
 class Clock(keras.callbacks.Callback):
     """The seconds of an epoch, without what `fit` does before and after."""
 
@@ -54,10 +62,7 @@ class Clock(keras.callbacks.Callback):
 def create(job: Job, data: Data, variant: str) -> Peer:
     on_tensorflow = keras.backend.backend() == "tensorflow"
     if on_tensorflow and job.device == "gpu":
-        import tensorflow as tf
-
-        if not tf.config.list_physical_devices("GPU"):
-            raise SystemExit("TensorFlow sees no GPU: pip install 'tensorflow[and-cuda]'")
+        require_gpu()
     if job.dtype == "bfloat16":
         keras.config.set_dtype_policy("mixed_bfloat16")
     model = network(job.spec)
@@ -113,9 +118,9 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         if job.device == "cpu":
             return None
         if on_tensorflow:
-            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-        from benchmarks.peers import ours
+            import tensorflow as tf
 
-        return ours.device_memory()
+            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+        return jax_memory()
 
     return Peer(model.count_params(), run, loss, device_memory)

@@ -21,6 +21,9 @@ from mnist_flax import datasets, environment, rundir
 
 def run(recipe: str, at_once: str, seed: str, file: str) -> None:
     began = time.perf_counter()
+    device = environment.device_name()
+    if not device.startswith("cpu"):
+        keras_fit.require_gpu()
     config = recipes.config(recipe)
     train = datasets.load(config.data.name, config.data.train_split)
     test = datasets.load(config.data.name, config.data.test_split)
@@ -47,7 +50,7 @@ def run(recipe: str, at_once: str, seed: str, file: str) -> None:
         "test_accuracy": round(accuracy * len(test.labels)) / len(test.labels),
         "at_once": int(at_once),
         "wall_seconds": time.perf_counter() - began,
-        "device": environment.device_name(),
+        "device": device,
         "versions": {"python": platform.python_version()}
         | {name: suite.version_of(name) for name in packages},
     }
