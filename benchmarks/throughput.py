@@ -7,8 +7,9 @@
 Every peer trains the same network (the parameters are counted) with the same optimiser on the
 same batches of MNIST, in a process of its own. The processes of a network take turns, so that a
 slow spell of the machine meets them all; a turn's clock stops when the device has finished. A
-peer whose loss does not fall is an error. `pip install ".[bench]"` brings the peers; MNIST must
-have been prepared, which training a recipe once does.
+peer whose loss does not fall is an error. `pip install ".[bench]"` brings the peers, on a GPU with
+`"jax[cuda12]" "tensorflow[and-cuda]"`, as TensorFlow has wheels for CUDA 12 alone; MNIST must have
+been prepared, which training a recipe once does.
 """
 
 import argparse
