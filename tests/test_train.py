@@ -171,18 +171,12 @@ def test_a_run_stopped_inside_an_epoch_ends_bitwise_the_same(tmp_path, monkeypat
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_resumed_run_with_other_devices_a_batch_says_so(tmp_path, monkeypatch):
-    def stop(row, config):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    config = small_config(parallel=0, epochs=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(report, "epoch", stop)
-        with pytest.raises(signals.Stopped, match="SIGTERM and saved"):
-            train.train_and_evaluate(config, tmp_path / "run")
-    monkeypatch.setattr(parallel, "_LEAST_EXAMPLES", 8)
-    with pytest.warns(UserWarning, match="devices a batch: 1 before, 2 now"):
-        train.train_and_evaluate(config, tmp_path / "run")
+def test_a_resumed_run_with_other_devices_a_batch_says_so(whole_run, tmp_path, monkeypatch):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    monkeypatch.setattr(parallel, "mesh", lambda config: parallel.single_mesh())
+    with pytest.warns(UserWarning, match="devices a batch: 2 before, 1 now"):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(whole_run, tmp_path, monkeypatch):
