@@ -1,17 +1,19 @@
 """Convolutions with the pixels of several images side by side: [C, H, W, images].
 
 Whatever is cut out, moved, compared or added then comes in runs of as many numbers as there are
-images, whatever the number of channels, and each operand of the three products lies as the product
-reads it. The outputs that a pool sees are one column of a product: the tile of the input that they
-see, (KH + 1)×(KW + 1) for 2×2, meets the kernel in its four places. Compared with an output a
-column that is up to 16/9 of the arithmetic, but 4/9 of the memory, deeper and wider products, and a
-pool over whole arrays.
+images, whatever the number of channels, and each operand of the products lies as the product reads
+it. The four outputs that a 2×2 pool sees come from a product each, for the kernel's four places in
+the tile of the input that they see, (KH + 1)×(KW + 1): the tiles are cut once, at the stride of the
+pool, which compares whole arrays. The kernel's gradient is one product of all places with whole
+tiles: up to 16/9 of the arithmetic, but products of a place alone would be too narrow.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mnist_flax import pooling, tiles
@@ -42,41 +44,56 @@ def _blocks(x, kernel, bias, pool):
 def _blocks_fwd(x, kernel, bias, pool):
     # Where there is one block only, XLA would fold the transpose into the product, which it cannot
     # make of bfloat16 then ("Unsupported element type", JAX 0.10.2).
-    matrix = lax.optimization_barrier(_places(kernel, pool).T)
-    wide_bias = bias.astype(tiles.sum_dtype(x))[:, None, None, None]
+    matrix = lax.optimization_barrier(_matrix(kernel).T)
+    wide_bias = bias.astype(tiles.sum_dtype(x))[:, None]
+    count = _count(x, kernel, pool)
 
     def forward(block):
-        patches, shape = _tiles(block, kernel, pool)
-        y = tiles.dot(matrix, patches).reshape(pool**2, len(bias), *shape)
+        taps = tiles.taps(block, _size(kernel, pool), count, pool)
+        y = [
+            tiles.dot(matrix, _columns([taps[i] for i in seen], x.dtype))
+            for seen in _seen(kernel, pool)
+        ]
         y, choice = _relu_pool(y, wide_bias)
         return _bits(y.astype(x.dtype)), choice
 
+    # A row a feature: XLA's loops over many numbers are faster than those over a few images.
     y, choice = lax.map(forward, _bits(x))
-    return _numbers(y, x.dtype), (x, kernel, bias, choice)
+    y = _numbers(y, x.dtype).reshape(*y.shape[:2], *count, x.shape[4])
+    return y, (x, kernel, bias, choice)
 
 
 def _blocks_bwd(pool, residuals, g):
     x, kernel, bias, choice = residuals
-    matrix = _places(kernel, pool)
-    place = jnp.arange(pool**2, dtype=choice.dtype).reshape(-1, 1, 1, 1, 1)
+    matrix, size, count = _matrix(kernel), _size(kernel, pool), _count(x, kernel, pool)
+    places = jnp.arange(pool**2, dtype=choice.dtype)[:, None, None]
 
     def backward(totals, block):
         x_bits, choice, g_bits = block
-        g = _numbers(g_bits, x.dtype).astype(tiles.sum_dtype(x))
-        dbias = jnp.where(choice < place.size, g, 0).sum((1, 2, 3))
-        dy = jnp.where(choice == place, g, 0).astype(x.dtype).reshape(matrix.shape[1], -1)
-        patches, shape = _tiles(x_bits, kernel, pool)
+        g = _numbers(g_bits, x.dtype).astype(tiles.sum_dtype(x)).reshape(choice.shape)
+        dbias = jnp.where(choice < places.size, g, 0).sum(1)
+        dy = jnp.where(choice == places, g, 0).astype(x.dtype)
+        columns = _columns(tiles.taps(x_bits, size, count, pool), x.dtype)
         # Not `dot` with a transpose, for which XLA would make float32 of bfloat16 first.
         dmatrix = lax.dot_general(
-            dy, patches, (((1,), (1,)), ((), ())), preferred_element_type=totals[0].dtype
+            dy.reshape(-1, dy.shape[2]),
+            columns,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=totals[0].dtype,
         )
-        dtiles = tiles.dot(matrix, dy).reshape(*_size(kernel, pool), -1, *shape)
-        dx = tiles.add(dtiles.transpose(2, 3, 4, 0, 1, 5), pool, *x.shape[2:4])
+        parts = [[] for _ in range(math.prod(size))]
+        for seen, each in zip(_seen(kernel, pool), dy, strict=True):
+            dcolumns = tiles.dot(matrix, each).reshape(len(seen), -1, *count, x.shape[4])
+            for i, dtap in zip(seen, dcolumns, strict=True):
+                parts[i].append(dtap)
+        dtiles = jnp.concatenate([sum(rest, first) for first, *rest in parts])
+        dtiles = dtiles.reshape(*size, -1, *dtiles.shape[1:]).transpose(2, 3, 4, 0, 1, 5)
+        dx = tiles.add(dtiles, pool, *x.shape[2:4])
         return (totals[0] + dmatrix, totals[1] + dbias), _bits(dx.astype(x.dtype))
 
-    start = (tiles.zero(matrix).T, tiles.zero(bias))
+    start = (tiles.zero(_in_places(kernel, pool)).T, tiles.zero(bias))
     (dmatrix, dbias), dx = lax.scan(backward, start, (_bits(x), choice, _bits(g)))
-    sum_places = jax.linear_transpose(partial(_places, pool=pool), kernel.astype(dmatrix.dtype))
+    sum_places = jax.linear_transpose(partial(_in_places, pool=pool), kernel.astype(dmatrix.dtype))
     (dkernel,) = sum_places(dmatrix.T)
     return _numbers(dx, x.dtype), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
 
@@ -89,7 +106,25 @@ def _size(kernel, pool):
     return tuple(k + pool - 1 for k in kernel.shape[:2])
 
 
-def _places(kernel, pool):
+def _count(x, kernel, pool):
+    """(OH, OW): tiles of blocks [blocks, C, H, W, images]."""
+    sizes = zip(x.shape[2:4], _size(kernel, pool), strict=True)
+    return tuple((n - t) // pool + 1 for n, t in sizes)
+
+
+def _matrix(kernel):
+    """[KH, KW, C, F] to [KH·KW·C, F]."""
+    return kernel.reshape(-1, kernel.shape[3])
+
+
+def _seen(kernel, pool):
+    """For each of the kernel's places in a tile, which of the tile's pixels it meets."""
+    kh, kw = kernel.shape[:2]
+    pixels = np.arange(math.prod(_size(kernel, pool))).reshape(_size(kernel, pool))
+    return [pixels[i : i + kh, j : j + kw].ravel() for i in range(pool) for j in range(pool)]
+
+
+def _in_places(kernel, pool):
     """The kernel in each of its places in a tile: [KH, KW, C, F] to [TH·TW·C, pool²·F]."""
     places = [
         jnp.pad(kernel, ((i, pool - 1 - i), (j, pool - 1 - j), (0, 0), (0, 0)))
@@ -99,16 +134,14 @@ def _places(kernel, pool):
     return jnp.stack(places, axis=3).reshape(-1, pool**2 * kernel.shape[3])
 
 
-def _tiles(bits, kernel, pool):
-    """The tiles of a block [C, H, W, images] as columns [TH·TW·C, OH·OW·images], and the latter."""
-    size = _size(kernel, pool)
-    count = tuple((n - t) // pool + 1 for n, t in zip(bits.shape[1:3], size, strict=True))
-    patches = jnp.concatenate(tiles.taps(bits, size, count, pool))
-    return _numbers(patches.reshape(len(patches), -1), kernel.dtype), (*count, bits.shape[3])
+def _columns(taps, dtype):
+    """Taps [C, OH, OW, images] as the rows of a matrix [taps·C, OH·OW·images] of numbers."""
+    columns = jnp.concatenate(taps)
+    return _numbers(columns.reshape(len(columns), -1), dtype)
 
 
 def _relu_pool(y, bias):
-    """As `pooling.relu_pool`, of y [pool², ...]."""
+    """As `pooling.relu_pool`, of 4 arrays or one."""
     if len(y) == 4:
         return pooling.relu_pool(*y, bias)
     y = y[0] + bias
