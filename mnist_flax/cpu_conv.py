@@ -4,7 +4,7 @@
 |---|---|---|
 | 3×3 to 5×5, 32 channels and features or more | `winograd.conv_relu` | 4/25 to 4/9 |
 | other, not pooled or in a batch of fewer than 16 | `_by_patches` | all |
-| other, and all of 16 bits | `side_by_side.conv_relu` | all; pooled, the kernel's gradient up to 16/9 |
+| other, and all of 16 bits | `side_by_side.conv_relu` | all, up to 16/9 for a pooled kernel |
 
 `benchmarks/NOTES.md` has the measurements behind this table. All have gradients written out:
 autodiff would turn the gradient of patches into KH·KW padded additions over the whole input.
