@@ -5,7 +5,8 @@ images, whatever the number of channels, and each operand of the products lies a
 it. The four outputs that a 2×2 pool sees come from a product each, for the kernel's four places in
 the tile of the input that they see, (KH + 1)×(KW + 1): the tiles are cut once, at the stride of the
 pool, which compares whole arrays. The kernel's gradient is one product of all places with whole
-tiles: up to 16/9 of the arithmetic, but products of a place alone would be too narrow.
+tiles: up to 16/9 of the arithmetic, but products of a place alone would be too narrow. In 16 bits,
+where products take less time than copies, so are all others.
 """
 
 import math
@@ -44,17 +45,16 @@ def _blocks(x, kernel, bias, pool):
 def _blocks_fwd(x, kernel, bias, pool):
     # Where there is one block only, XLA would fold the transpose into the product, which it cannot
     # make of bfloat16 then ("Unsupported element type", JAX 0.10.2).
-    matrix = lax.optimization_barrier(_matrix(kernel).T)
+    seen, matrix = _products(kernel, pool)
+    matrix = lax.optimization_barrier(matrix.T)
     wide_bias = bias.astype(tiles.sum_dtype(x))[:, None]
     count = _count(x, kernel, pool)
 
     def forward(block):
         taps = tiles.taps(block, _size(kernel, pool), count, pool)
-        y = [
-            tiles.dot(matrix, _columns([taps[i] for i in seen], x.dtype))
-            for seen in _seen(kernel, pool)
-        ]
-        y, choice = _relu_pool(y, wide_bias)
+        columns = [_columns([taps[i] for i in pixels], x.dtype) for pixels in seen]
+        y = [tiles.dot(matrix, each).reshape(-1, len(bias), each.shape[1]) for each in columns]
+        y, choice = _relu_pool([place for each in y for place in each], wide_bias)
         return _bits(y.astype(x.dtype)), choice
 
     # A row a feature: XLA's loops over many numbers are faster than those over a few images.
@@ -65,7 +65,8 @@ def _blocks_fwd(x, kernel, bias, pool):
 
 def _blocks_bwd(pool, residuals, g):
     x, kernel, bias, choice = residuals
-    matrix, size, count = _matrix(kernel), _size(kernel, pool), _count(x, kernel, pool)
+    seen, matrix = _products(kernel, pool)
+    size, count = _size(kernel, pool), _count(x, kernel, pool)
     places = jnp.arange(pool**2, dtype=choice.dtype)[:, None, None]
 
     def backward(totals, block):
@@ -82,9 +83,10 @@ def _blocks_bwd(pool, residuals, g):
             preferred_element_type=totals[0].dtype,
         )
         parts = [[] for _ in range(math.prod(size))]
-        for seen, each in zip(_seen(kernel, pool), dy, strict=True):
-            dcolumns = tiles.dot(matrix, each).reshape(len(seen), -1, *count, x.shape[4])
-            for i, dtap in zip(seen, dcolumns, strict=True):
+        dy = dy.reshape(len(seen), matrix.shape[1], -1)
+        for pixels, each in zip(seen, dy, strict=True):
+            dcolumns = tiles.dot(matrix, each).reshape(len(pixels), -1, *count, x.shape[4])
+            for i, dtap in zip(pixels, dcolumns, strict=True):
                 parts[i].append(dtap)
         dtiles = jnp.concatenate([sum(rest, first) for first, *rest in parts])
         dtiles = dtiles.reshape(*size, -1, *dtiles.shape[1:]).transpose(2, 3, 4, 0, 1, 5)
@@ -112,16 +114,17 @@ def _count(x, kernel, pool):
     return tuple((n - t) // pool + 1 for n, t in sizes)
 
 
-def _matrix(kernel):
-    """[KH, KW, C, F] to [KH·KW·C, F]."""
-    return kernel.reshape(-1, kernel.shape[3])
+def _products(kernel, pool):
+    """The pixels of a tile that each product reads, and the matrix that all multiply with.
 
-
-def _seen(kernel, pool):
-    """For each of the kernel's places in a tile, which of the tile's pixels it meets."""
-    kh, kw = kernel.shape[:2]
+    It is [pixels·C, F], of one of the kernel's places, or in 16 bits [pixels·C, pool²·F] of all.
+    """
+    kh, kw, _, features = kernel.shape
     pixels = np.arange(math.prod(_size(kernel, pool))).reshape(_size(kernel, pool))
-    return [pixels[i : i + kh, j : j + kw].ravel() for i in range(pool) for j in range(pool)]
+    if kernel.dtype.itemsize < 4:
+        return [pixels.ravel()], _in_places(kernel, pool)
+    seen = [pixels[i : i + kh, j : j + kw].ravel() for i in range(pool) for j in range(pool)]
+    return seen, kernel.reshape(-1, features)
 
 
 def _in_places(kernel, pool):
