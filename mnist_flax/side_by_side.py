@@ -88,9 +88,8 @@ def _blocks_bwd(pool, residuals, g):
             dcolumns = tiles.dot(matrix, each).reshape(len(pixels), -1, *count, x.shape[4])
             for i, dtap in zip(pixels, dcolumns, strict=True):
                 parts[i].append(dtap)
-        dtiles = jnp.concatenate([sum(rest, first) for first, *rest in parts])
-        dtiles = dtiles.reshape(*size, -1, *dtiles.shape[1:]).transpose(2, 3, 4, 0, 1, 5)
-        dx = tiles.add(dtiles, pool, *x.shape[2:4])
+        dtaps = [sum(rest, first) for first, *rest in parts]
+        dx = _add(dtaps, size, pool, *x.shape[2:4])
         return (totals[0] + dmatrix, totals[1] + dbias), _bits(dx.astype(x.dtype))
 
     start = (tiles.zero(_in_places(kernel, pool)).T, tiles.zero(bias))
@@ -141,6 +140,25 @@ def _columns(taps, dtype):
     """Taps [C, OH, OW, images] as the rows of a matrix [taps·C, OH·OW·images] of numbers."""
     columns = jnp.concatenate(taps)
     return _numbers(columns.reshape(len(columns), -1), dtype)
+
+
+def _add(dtaps, size, stride, h, w):
+    """The transpose of `tiles.taps`, as `tiles.add`: taps [C, OH, OW, images] as [C, h, w, images].
+
+    Pixels `stride` apart lie on one grid for all tiles, to which they are added in place: what is
+    first filled up with zeros XLA would add a number at a time where images come last.
+    """
+    c, oh, ow, images = dtaps[0].shape
+    rows, columns = (n + -(-t // stride) - 1 for n, t in zip((oh, ow), size, strict=True))
+    empty = jnp.zeros_like(dtaps[0], shape=(c, rows, columns, images))
+    grids = {place: empty for place in np.ndindex(stride, stride)}
+    for (i, j), dtap in zip(np.ndindex(*size), dtaps, strict=True):
+        (a, p), (b, q) = divmod(i, stride), divmod(j, stride)
+        sums = grids[p, q][:, a : a + oh, b : b + ow] + dtap
+        grids[p, q] = lax.dynamic_update_slice(grids[p, q], sums, (0, a, b, 0))
+    grids = jnp.stack([*grids.values()], axis=1).reshape(c, stride, stride, rows, columns, images)
+    x = grids.transpose(0, 3, 1, 4, 2, 5).reshape(c, rows * stride, columns * stride, images)
+    return tiles.fit(x, h, w)
 
 
 def _relu_pool(y, bias):

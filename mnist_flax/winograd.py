@@ -42,28 +42,31 @@ def _conv_relu_fwd(x, kernel, bias, pool):
     weights = _transformed_kernel(kernel, plan)
 
     def forward(block):
-        products = jnp.matmul(_transformed_tiles(block, plan), weights)
+        transformed = _transformed_tiles(block, plan)
+        # Larger tiles take longer to transform again than to read.
+        kept = transformed if plan.m > 2 else None
+        products = jnp.matmul(transformed, weights)
         y = tiles.dot(plan.output, products.reshape(len(products), -1))
         y = y.reshape(plan.m // 2, 2, plan.m // 2, 2, -1, kernel.shape[3])
         if not pool:
             y = _from_output_tiles(y.reshape(plan.m, plan.m, *y.shape[4:]), plan)
             y = jax.nn.relu(y + bias)
-            return y, y > 0
+            return y, y > 0, kept
         pooled, choice = pooling.relu_pool(*(y[:, i, :, j] for i in (0, 1) for j in (0, 1)), bias)
-        return _from_output_tiles(pooled, plan), choice
+        return _from_output_tiles(pooled, plan), choice, kept
 
-    blocks, choice = lax.map(forward, plan.split(x))
-    return tiles.join(blocks, len(x)), (x, kernel, bias, choice)
+    blocks, choice, kept = lax.map(forward, plan.split(x))
+    return tiles.join(blocks, len(x)), (x, kernel, bias, choice, kept)
 
 
 def _conv_relu_bwd(pool, residuals, g):
-    x, kernel, bias, choice = residuals
+    x, kernel, bias, choice, kept = residuals
     plan = _plan(x, kernel, pool)
     weights = _transformed_kernel(kernel, plan)
     m, features = plan.m, kernel.shape[3]
 
     def backward(totals, block):
-        x, choice, g = block
+        x, choice, kept, g = block
         if pool:
             g = _to_output_tiles(g, plan)
             dbias = jnp.where(choice < 4, g, 0).sum((0, 1, 2))
@@ -75,14 +78,15 @@ def _conv_relu_bwd(pool, residuals, g):
             dy = _to_output_tiles(g, plan)
         dproducts = tiles.dot(plan.output.T, dy.reshape(m * m, -1))
         dproducts = dproducts.reshape(len(weights), -1, features)
-        dweights = jnp.matmul(_transformed_tiles(x, plan).swapaxes(1, 2), dproducts)
+        transformed = _transformed_tiles(x, plan) if kept is None else kept
+        dweights = jnp.matmul(transformed.swapaxes(1, 2), dproducts)
         dtiles = jnp.matmul(dproducts, weights.swapaxes(1, 2))
         dtiles = tiles.dot(plan.input.T, dtiles.reshape(len(weights), -1))
         dtiles = dtiles.reshape(*plan.size, len(x), *plan.count, -1).transpose(2, 3, 4, 0, 1, 5)
         return (totals[0] + dweights, totals[1] + dbias), tiles.add(dtiles, m, *x.shape[1:3])
 
     start = (tiles.zero(weights), tiles.zero(bias))
-    blocks = (plan.split(x), choice, plan.split(g))
+    blocks = (plan.split(x), choice, kept, plan.split(g))
     (dweights, dbias), dx = lax.scan(backward, start, blocks)
     dkernel = tiles.dot(plan.kernel.T, dweights.reshape(len(weights), -1)).reshape(kernel.shape)
     return tiles.join(dx, len(x)), dkernel, dbias
