@@ -15,7 +15,7 @@ import jax
 
 from benchmarks import hardware, recipes, suite
 from benchmarks.throughput import NETWORKS
-from mnist_flax import batches, cli, datasets, environment, epochs, loaders, parallel, train
+from mnist_flax import batches, cli, datasets, environment, epochs, loaders, parallel, parts
 from mnist_flax import state as state_lib
 
 
@@ -55,11 +55,11 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
     data = {name: loaders.create(name, dataset, split, "", mesh) for name in loaders.NAMES}
     size = data["stream"].size
     rows = batches.train_batches(0, 0, size, config.batch_size)[:, None]
-    model = train.create_model(config, datasets.num_classes(dataset))
-    tx = train.create_optimizer(config, size)
+    model = parts.create_model(config, datasets.num_classes(dataset))
+    tx = parts.create_optimizer(config, size)
 
     def length(loader: loaders.Loader) -> int:
-        return train.piece_length(config, size, loader.most)
+        return parts.piece_length(config, size, loader.most)
 
     def tfds() -> int:
         examples = datasets.open_slice(dataset, split)
@@ -71,10 +71,10 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
         return size
 
     def training(loader: loaders.Loader) -> Callable[[], int]:
-        state = train.initial_state(config, model, tx, loader.image_shape, mesh)
+        state = parts.initial_state(config, model, tx, loader.image_shape, mesh)
         nothing = loaders.Resident(datasets.load(dataset, "test[:1]"), mesh)
-        splits = train.Data(loader, watch=None, test=nothing, num_classes=model.num_classes)
-        programs = train.compile_programs(config, model, tx, state, splits, mesh)
+        splits = parts.Data(loader, watch=None, test=nothing, num_classes=model.num_classes)
+        programs = parts.compile_programs(config, model, tx, state, splits, mesh)
         # Waits for what would be compiled beside the training.
         programs.score_test(state_lib.variables(state))
 

@@ -153,12 +153,12 @@ def profile(network: str) -> dict:
     import jax
     import numpy as np
 
-    from mnist_flax import parallel, steps, train
+    from mnist_flax import parallel, parts, steps
 
     config = recipes.config(network)
     count, shape = 10_000, (28, 28, 1)
-    model, tx = train.create_model(config, 10), train.create_optimizer(config, count)
-    state = train.initial_state(config, model, tx, shape, parallel.single_mesh())
+    model, tx = parts.create_model(config, 10), parts.create_optimizer(config, count)
+    state = parts.initial_state(config, model, tx, shape, parallel.single_mesh())
     rng = np.random.default_rng(0)
     images = jax.device_put(rng.integers(0, 256, (count, *shape), np.uint8))
     labels = jax.device_put(rng.integers(0, 10, count, np.int32))

@@ -89,7 +89,7 @@ def measure(
     import numpy as np
 
     from benchmarks.peers import jax_memory
-    from mnist_flax import batches, datasets, epochs, loaders, parallel, train
+    from mnist_flax import batches, datasets, epochs, loaders, parallel, parts
     from mnist_flax import state as state_lib
 
     rng = np.random.default_rng(0)
@@ -104,17 +104,17 @@ def measure(
             convs=tuple((round(width * features), *rest) for features, *rest in model.convs),
             dense=tuple(round(width * features) for features in model.dense),
         )
-    tx = train.create_optimizer(config, examples)
+    tx = parts.create_optimizer(config, examples)
     mesh = parallel.mesh(config)
     data = loaders.Resident(datasets.Arrays(images, labels), mesh)
     probe = loaders.Resident(datasets.Arrays(images[:500], labels[:500]), mesh)
-    splits = train.Data(data, watch=None, test=probe, num_classes=10)
-    state = train.initial_state(config, model, tx, data.image_shape, mesh)
-    programs = train.compile_programs(config, model, tx, state, splits, mesh)
+    splits = parts.Data(data, watch=None, test=probe, num_classes=10)
+    state = parts.initial_state(config, model, tx, data.image_shape, mesh)
+    programs = parts.compile_programs(config, model, tx, state, splits, mesh)
     # Waits for what would be compiled beside the training.
     programs.score_test(state_lib.variables(state))
 
-    length = train.piece_length(config, examples, data.most)
+    length = parts.piece_length(config, examples, data.most)
     rows = batches.train_batches(0, 0, examples, config.batch_size)
     rows = np.repeat(rows[:, None], num_seeds, axis=1)
     pieces = list(data.pieces(rows[: len(rows) // length * length], length))

@@ -139,6 +139,11 @@ def validate(config: ConfigDict) -> None:
             _check(key, given[key], partial(datasets.check_split, given["data.name"]))
 
 
+def seeds(config: ConfigDict) -> range:
+    """The seeds that a run trains with."""
+    return range(config.seed, config.seed + config.num_seeds)
+
+
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """Dotted keys and their values, in order."""
     flat = {}

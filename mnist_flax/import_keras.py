@@ -24,6 +24,7 @@ from mnist_flax import (
     keras_files,
     keras_layers,
     models,
+    parts,
     report,
     rundir,
     train,
@@ -83,7 +84,7 @@ def import_file(
 
     config = config_lib.recipe(name, dataset, model=name)
     config_lib.validate(config)
-    tx = train.create_optimizer(config, config.batch_size)
+    tx = parts.create_optimizer(config, config.batch_size)
     state = TrainState(
         step=jnp.zeros([], jnp.int32),
         params=params,

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mnist_flax import checkpoint, datasets, loaders, parallel, rundir, scoring, steps, train
+from mnist_flax import checkpoint, datasets, loaders, parallel, parts, rundir, scoring, steps
+from mnist_flax import config as config_lib
 from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
 
@@ -131,7 +132,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     """
     run_dir = Path(workdir)
     config = rundir.read_config(run_dir)
-    seeds = train.seeds_of(config)
+    seeds = config_lib.seeds(config)
     if seed is None and len(seeds) > 1:
         raise UserError(
             f"the run in {run_dir} has the seeds {seeds[0]} to {seeds[-1]}: say which, such as "
@@ -147,8 +148,8 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
 
     def abstract(record: dict[str, Any]) -> state_lib.TrainState:
         shape = tuple(record["image_shape"])
-        model = train.create_model(config, record["num_classes"])
-        tx = train.create_optimizer(config, 1)
+        model = parts.create_model(config, record["num_classes"])
+        tx = parts.create_optimizer(config, 1)
         create = partial(state_lib.create, model=model, tx=tx, image_shape=shape)
         if len(seeds) > 1:
             return jax.eval_shape(jax.vmap(create), np.zeros(len(seeds), np.uint32))
@@ -161,5 +162,5 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     state, record = restored
     if len(seeds) > 1:
         state = jax.tree.map(lambda leaf: leaf[seeds.index(seed)], state)
-    model = train.create_model(config, record["num_classes"])
+    model = parts.create_model(config, record["num_classes"])
     return Trained(config, model, state, tuple(record["image_shape"]))

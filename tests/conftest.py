@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mnist_flax import datasets, train
+from mnist_flax import datasets, parts
 
 # Several devices, for `jax.pmap`; everything else must cope with their presence.
 jax.config.update("jax_platforms", "cpu")
@@ -62,7 +62,7 @@ def mnist(mnist_gz, prepared) -> Path:
 @pytest.fixture(scope="module")
 def compiled_once():
     """Lets runs of one configuration and mesh share what they compile, most of their time."""
-    initial_state, compile_programs = train.initial_state, train.compile_programs
+    initial_state, compile_programs = parts.initial_state, parts.compile_programs
     compiled = {}
 
     def shared(kind, config, mesh, make):
@@ -80,6 +80,6 @@ def compiled_once():
         return shared("programs", config, args[-1], lambda: compile_programs(config, *args))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "initial_state", state_copy)
-        patch.setattr(train, "compile_programs", programs)
+        patch.setattr(parts, "initial_state", state_copy)
+        patch.setattr(parts, "compile_programs", programs)
         yield

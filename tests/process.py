@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from mnist_flax import batches, datasets, epochs, loaders, parallel, steps, train
+from mnist_flax import batches, datasets, epochs, loaders, parallel, parts, steps
 from mnist_flax import config as config_lib
 
 
@@ -17,8 +17,8 @@ def train_on_two_devices(loader_name: str) -> tuple[int, float, int]:
     config.batch_size, config.parallel = 35, 2
     mesh = parallel.mesh(config)
     loader = loaders.create(loader_name, "digits", "train[:90]", "", mesh)
-    model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
-    state = train.initial_state(config, model, tx, loader.image_shape, mesh)
+    model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
+    state = parts.initial_state(config, model, tx, loader.image_shape, mesh)
     epoch = partial(steps.train_epoch, model=model, tx=tx)
     epoch = epochs.compile_epoch(epoch, mesh, state, loader, 35, steps=3, length=3)
 

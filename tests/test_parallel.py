@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from mnist_flax import batches, datasets, loaders, parallel, parts
 from mnist_flax import config as config_lib
-from mnist_flax import datasets, loaders, parallel, train
 from mnist_flax.errors import UserError
 from tests import process
 
@@ -26,11 +26,11 @@ def test_devices_together_train_and_score_as_one():
         mesh = parallel.mesh(config)
         assert mesh.size == count
         data = loaders.Resident(datasets.Arrays(IMAGES, LABELS), mesh)
-        splits = train.Data(data, None, data, 10)
-        model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
-        state = train.initial_state(config, model, tx, (28, 28, 1), mesh)
-        programs = train.compile_programs(config, model, tx, state, splits, mesh)
-        rows = train.batches.train_batches(0, 0, 90, 40)
+        splits = parts.Data(data, None, data, 10)
+        model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
+        state = parts.initial_state(config, model, tx, (28, 28, 1), mesh)
+        programs = parts.compile_programs(config, model, tx, state, splits, mesh)
+        rows = batches.train_batches(0, 0, 90, 40)
         (piece,) = data.pieces(rows[:, None], 3)
         state, metrics = programs.train(state, piece)
         score = programs.score_test({"params": state.params, "batch_stats": {}})

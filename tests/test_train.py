@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from mnist_flax import config as config_lib
-from mnist_flax import datasets, environment, parallel, report, rundir, signals, train, trained
+from mnist_flax import (
+    datasets,
+    environment,
+    parallel,
+    parts,
+    report,
+    rundir,
+    signals,
+    train,
+    trained,
+)
 from mnist_flax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -107,7 +117,7 @@ def test_the_score_is_that_of_the_last_epochs_parameters(whole_run):
 
 def test_a_finished_run_says_so_and_does_nothing(whole_run, capsys, monkeypatch):
     run_dir, summary = whole_run
-    monkeypatch.setattr(train, "load_data", None)
+    monkeypatch.setattr(parts, "load_data", None)
     before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
     assert train.train_and_evaluate(small_config(), run_dir) == summary
     assert "is finished" in capsys.readouterr().out
@@ -220,7 +230,7 @@ def test_best_and_latest_are_kept_where_the_watched_split_is_not_the_test_set(
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    compile_programs = train.compile_programs
+    compile_programs = parts.compile_programs
 
     def breaking(*args):
         programs = compile_programs(*args)
@@ -233,7 +243,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, m
 
         return programs._replace(train=train_piece)
 
-    monkeypatch.setattr(train, "compile_programs", breaking)
+    monkeypatch.setattr(parts, "compile_programs", breaking)
     with pytest.raises(UserError, match=r"diverged in epoch 2.*checkpoint of step 6 is kept"):
         train.train_and_evaluate(small_config(), tmp_path / "run")
     assert trained.load(tmp_path / "run").step == 6
@@ -252,10 +262,10 @@ def compiled():
     """A state, the data, what is compiled for them and six steps' examples."""
     config = small_config()
     mesh = parallel.mesh(config)
-    data = train.load_data(config, mesh)
-    model, tx = train.create_model(config, 10), train.create_optimizer(config, 90)
-    state = train.initial_state(config, model, tx, (28, 28, 1), mesh)
-    programs = train.compile_programs(config, model, tx, state, data, mesh)
+    data = parts.load_data(config, mesh)
+    model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
+    state = parts.initial_state(config, model, tx, (28, 28, 1), mesh)
+    programs = parts.compile_programs(config, model, tx, state, data, mesh)
     (piece,) = data.train.pieces(np.zeros((6, 1, 16), np.int32), 6)
     return state, data, programs, piece
 
@@ -268,7 +278,7 @@ def test_the_state_is_donated_to_the_next_piece():
 
 
 def test_the_device_does_not_wait_for_a_report(tmp_path, monkeypatch):
-    compile_programs, advance = train.compile_programs, report.advance
+    compile_programs, advance = parts.compile_programs, report.advance
     events = []
 
     def noting(*args):
@@ -284,8 +294,8 @@ def test_the_device_does_not_wait_for_a_report(tmp_path, monkeypatch):
         events.append(int(position.count))
         advance(bar, position)
 
-    monkeypatch.setattr(train, "piece_length", lambda *_: 2)
-    monkeypatch.setattr(train, "compile_programs", noting)
+    monkeypatch.setattr(parts, "piece_length", lambda *_: 2)
+    monkeypatch.setattr(parts, "compile_programs", noting)
     monkeypatch.setattr(report, "advance", noted)
     train.train_and_evaluate(small_config(epochs=1, name="in pieces"), tmp_path / "run")
     assert events == ["begun", "begun", 32, "begun", 64, 90]
@@ -308,13 +318,13 @@ def test_the_first_step_does_not_wait_for_what_scores(monkeypatch):
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch):
-    compile_programs = train.compile_programs
+    compile_programs = parts.compile_programs
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return compile_programs(*args)
 
-    monkeypatch.setattr(train, "compile_programs", interrupted)
+    monkeypatch.setattr(parts, "compile_programs", interrupted)
     with pytest.raises(signals.Stopped, match="SIGTERM before the first step"):
         train.train_and_evaluate(small_config(), tmp_path / "run")
     assert rundir.read_metrics(tmp_path / "run") == []
@@ -407,13 +417,13 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 )
 def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
     config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
-    assert train.piece_length(config, 10 * steps - 3, most=10 * steps) == length
+    assert parts.piece_length(config, 10 * steps - 3, most=10 * steps) == length
 
 
 @pytest.mark.parametrize(("steps", "length"), [(300, 300), (4999, 4999), (6750, 1125)])
 def test_a_gpu_gets_an_epoch_as_one_program_where_it_is_short(steps, length, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert train.piece_length(small_config(batch_size=10), 10 * steps, 10 * steps) == length
+    assert parts.piece_length(small_config(batch_size=10), 10 * steps, 10 * steps) == length
 
 
 @pytest.mark.parametrize(
@@ -421,7 +431,7 @@ def test_a_gpu_gets_an_epoch_as_one_program_where_it_is_short(steps, length, mon
 )
 def test_pieces_bring_no_more_than_may_be_brought(every, most, length):
     config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
-    assert train.piece_length(config, 3000, most) == length
+    assert parts.piece_length(config, 3000, most) == length
 
 
 def test_training_imports_what_it_uses(prepared, tmp_path):

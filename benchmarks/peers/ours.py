@@ -7,7 +7,7 @@ import jax
 
 from benchmarks import recipes
 from benchmarks.peers import PROBE, Data, Job, Peer, jax_memory
-from mnist_flax import datasets, epochs, loaders, parallel, state, train
+from mnist_flax import datasets, epochs, loaders, parallel, parts, state
 
 
 def create(job: Job, data: Data, variant: str) -> Peer:
@@ -17,14 +17,14 @@ def create(job: Job, data: Data, variant: str) -> Peer:
     arrays = loaders.Resident(datasets.Arrays(data.images, data.labels), mesh)
     probe = loaders.Resident(datasets.Arrays(data.images[PROBE], data.labels[PROBE]), mesh)
     # Scored on the probe only, so that nothing else is compiled.
-    splits = train.Data(train=arrays, watch=None, test=probe, num_classes=10)
-    model = train.create_model(config, splits.num_classes)
-    tx = train.create_optimizer(config, arrays.size)
-    current = train.initial_state(config, model, tx, arrays.image_shape, mesh)
+    splits = parts.Data(train=arrays, watch=None, test=probe, num_classes=10)
+    model = parts.create_model(config, splits.num_classes)
+    tx = parts.create_optimizer(config, arrays.size)
+    current = parts.initial_state(config, model, tx, arrays.image_shape, mesh)
     parameters = state.count_parameters(current.params)
-    programs = train.compile_programs(config, model, tx, current, splits, mesh)
+    programs = parts.compile_programs(config, model, tx, current, splits, mesh)
 
-    length = train.piece_length(config, arrays.size, arrays.most)
+    length = parts.piece_length(config, arrays.size, arrays.most)
     # Without the remainder, which has fewer steps.
     rows = data.rows[: len(data.rows) // length * length, None]
     pieces = list(arrays.pieces(rows, length))

@@ -1,0 +1,194 @@
+"""What a run needs before its first step: data, network, optimiser, state, compiled programs."""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mnist_flax import config as config_lib
+from mnist_flax import (
+    datasets,
+    environment,
+    epochs,
+    loaders,
+    models,
+    optim,
+    parallel,
+    scoring,
+    steps,
+)
+from mnist_flax import state as state_lib
+from mnist_flax.errors import UserError
+from mnist_flax.loaders import Loader, Piece
+from mnist_flax.state import TrainState
+
+
+class Data(NamedTuple):
+    """The splits of a run; `watch` is None where none is watched, or `test` itself."""
+
+    train: Loader
+    watch: Loader | None
+    test: Loader
+    num_classes: int
+
+
+class Programs(NamedTuple):
+    """What a run compiles, beside the initial state."""
+
+    train: Callable[[TrainState, Piece], tuple[TrainState, steps.Metrics]]
+    score_watch: Callable[[Any], dict[str, Any]] | None
+    score_test: Callable[[Any], dict[str, Any]]
+
+
+def load_data(config: ConfigDict, mesh: Mesh) -> Data:
+    """The splits of a run, on every device of the mesh; equal splits share one.
+
+    Raises:
+        UserError: the data cannot be had, or does not fit into memory.
+    """
+    data = config.data
+
+    def load(split: str) -> Loader:
+        return loaders.create(data.loader, data.name, split, data.manual_dir, mesh)
+
+    test = load(data.test_split)
+    watch = None
+    if data.watch_split == data.test_split:
+        watch = test
+    elif data.watch_split:
+        watch = load(data.watch_split)
+    num_classes = datasets.num_classes(data.name)
+    return Data(load(data.train_split), watch, test, num_classes)
+
+
+def create_model(config: ConfigDict, num_classes: int) -> nn.Module:
+    """The configured network."""
+    dtype = jnp.dtype(config.compute_dtype)
+    return models.create(config.model, num_classes=num_classes, dtype=dtype)
+
+
+def create_optimizer(config: ConfigDict, num_examples: int) -> optax.GradientTransformation:
+    """The configured optimiser, its schedule laid over the whole run."""
+    total_steps = config.epochs * steps_per_epoch(config, num_examples)
+    schedule = optim.create_schedule(config.schedule, config.learning_rate, total_steps)
+    return optim.create(config.optimizer, schedule)
+
+
+def initial_state(
+    config: ConfigDict,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step, determined by `config.seed`, on every device.
+
+    With several seeds it has a leading axis of seeds, dealt out to the devices.
+
+    Raises:
+        UserError: so many seeds take more memory than is free.
+    """
+    create = partial(state_lib.create, model=model, tx=tx, image_shape=image_shape)
+    seeds, sharding = np.uint32(config.seed), parallel.replicated(mesh)
+    if config.num_seeds > 1:
+        create, sharding = jax.vmap(create), parallel.dealt_out(mesh)
+        abstract = jax.ShapeDtypeStruct((config.num_seeds,), np.uint32)
+        _check_memory(config.num_seeds, jax.eval_shape(create, abstract), mesh)
+        seeds = np.array(config_lib.seeds(config), np.uint32)
+    # Jitted, as Linen's initialisation run op by op compiles a program for each op; and barely
+    # optimised on CPU, as it runs once: compiling it well takes two seconds longer.
+    options = {"xla_backend_optimization_level": 0} if _on_cpu() else None
+    return jax.jit(create, out_shardings=sharding, compiler_options=options)(seeds)
+
+
+def _check_memory(num_seeds: int, states: TrainState, mesh: Mesh) -> None:
+    """Raises UserError if the states of so many seeds take more memory than is free."""
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
+    host, device = environment.free_memory()
+    free = host if device is None else device * mesh.shape[parallel.SEEDS]
+    if needed > free:
+        raise UserError(
+            f"{num_seeds:,} seeds need {needed / 2**30:.1f} GiB for weights and optimiser, and "
+            f"{free / 2**30:.1f} GiB are free: set a lower num_seeds"
+        )
+
+
+def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
+    """Steps that it takes to train on every example once."""
+    return math.ceil(num_examples / config.batch_size)
+
+
+def piece_length(config: ConfigDict, num_examples: int, most: int) -> int:
+    """Steps that run as one program, between which the host may report, save or stop.
+
+    About a twentieth of an epoch, where that takes the device a while, and no more than bring
+    `most` examples where one step does not. A length that divides the epoch is preferred, since
+    the remainder would be a second program to compile; one that divides `checkpoint.every_steps`
+    is taken in any case.
+    """
+    steps, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
+    # On GPU and TPU a step is too short to come back to the host every few.
+    least = 10 if _on_cpu() else 1000
+    length = steps if steps <= 5 * least else max(least, steps // 20)
+    cap = max(1, most // (config.batch_size * config.num_seeds))
+    length = min(length, cap)
+    if 0 < every < steps:
+        divisors = [n for n in range(1, min(every, cap) + 1) if every % n == 0]
+        return min(divisors, key=lambda n: max(n, length) / min(n, length))
+    return next((n for n in range(length, min(2 * length, cap + 1)) if steps % n == 0), length)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def compile_programs(
+    config: ConfigDict,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    data: Data,
+    mesh: Mesh,
+) -> Programs:
+    """Compiles everything that a run executes on the devices.
+
+    The training program is ready when this returns; those that score are compiled meanwhile and
+    waited for when they are first called.
+    """
+    size = data.train.size
+    train = epochs.compile_epoch(
+        partial(steps.train_epoch, model=model, tx=tx),
+        mesh,
+        state,
+        data.train,
+        config.batch_size,
+        steps=steps_per_epoch(config, size),
+        length=piece_length(config, size, data.train.most),
+        seeds=config.num_seeds,
+        donate=True,
+    )
+    # Abstract, as the first step overwrites the state.
+    variables = jax.eval_shape(state_lib.variables, state)
+    pool = ThreadPoolExecutor()
+
+    def scorer(loader: Loader) -> Callable[[Any], dict[str, Any]]:
+        compiled = pool.submit(
+            scoring.compile_scorer, model, variables, loader, mesh, config.num_seeds
+        )
+        return lambda variables: compiled.result()(variables)
+
+    score_test = scorer(data.test)
+    score_watch = None
+    if data.watch is not None:
+        score_watch = score_test if data.watch is data.test else scorer(data.watch)
+    pool.shutdown(wait=False)
+    return Programs(train, score_watch, score_test)
