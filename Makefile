@@ -11,7 +11,7 @@ train: $(VENV)/installed
 	$(VENV)/bin/python -m mnist_flax.main --config=$(CONFIG) $(ARGS)
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -rs
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

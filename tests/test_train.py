@@ -372,13 +372,12 @@ def test_nothing_is_written_where_the_data_cannot_be_had(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_third_of_mnist_seen_once_teaches_to_read_digits(mnist, tmp_path):
+def test_an_epoch_of_mnist_learns_to_read_digits(mnist, tmp_path):
     config = config_lib.recipe("larger", "mnist", model="larger", epochs=1, seed=7)
-    config.data.train_split, config.data.watch_split = "train[:20000]", ""
     summary = train.train_and_evaluate(config, tmp_path / "run")
-    assert (summary["train_examples"], summary["test_examples"]) == (20_000, 10_000)
-    # Seeds 0, 1 and 2 gave 94.6, 94.4 and 93.9 %.
-    assert summary["test_accuracy"] > 0.93
+    assert (summary["train_examples"], summary["test_examples"]) == (60_000, 10_000)
+    # Seeds 0, 1 and 2 gave 97.4, 97.7 and 97.4 %.
+    assert summary["test_accuracy"] > 0.965
 
 
 def test_streamed_data_gives_bit_for_bit_the_same_run(whole_run, tmp_path, monkeypatch):
