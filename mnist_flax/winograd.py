@@ -19,8 +19,8 @@ from jax import lax
 
 from mnist_flax import pooling, tiles
 
-# Bytes of a block of the batch, transformed: a core's L2 cache.
-_BLOCK_BYTES = 2 * 2**20
+# Tiles of a block of the batch: fewer give products too few rows, more leave the cache.
+_MOST_TILES = 128
 
 
 def suits(x: jax.Array, kernel: jax.Array) -> bool:
@@ -42,31 +42,29 @@ def _conv_relu_fwd(x, kernel, bias, pool):
     weights = _transformed_kernel(kernel, plan)
 
     def forward(block):
-        transformed = _transformed_tiles(block, plan)
-        # Larger tiles take longer to transform again than to read.
-        kept = transformed if plan.m > 2 else None
-        products = jnp.matmul(transformed, weights)
+        products = jnp.matmul(_transformed_tiles(block, plan), weights)
         y = tiles.dot(plan.output, products.reshape(len(products), -1))
         y = y.reshape(plan.m // 2, 2, plan.m // 2, 2, -1, kernel.shape[3])
         if not pool:
             y = _from_output_tiles(y.reshape(plan.m, plan.m, *y.shape[4:]), plan)
             y = jax.nn.relu(y + bias)
-            return y, y > 0, kept
+            return y, y > 0
         pooled, choice = pooling.relu_pool(*(y[:, i, :, j] for i in (0, 1) for j in (0, 1)), bias)
-        return _from_output_tiles(pooled, plan), choice, kept
+        return _from_output_tiles(pooled, plan), choice
 
-    blocks, choice, kept = lax.map(forward, plan.split(x))
-    return tiles.join(blocks, len(x)), (x, kernel, bias, choice, kept)
+    blocks, choice = lax.map(forward, plan.split(x))
+    # Not the transformed tiles: on CPU they take longer to write and read than to make again.
+    return tiles.join(blocks, len(x)), (x, kernel, bias, choice)
 
 
 def _conv_relu_bwd(pool, residuals, g):
-    x, kernel, bias, choice, kept = residuals
+    x, kernel, bias, choice = residuals
     plan = _plan(x, kernel, pool)
     weights = _transformed_kernel(kernel, plan)
     m, features = plan.m, kernel.shape[3]
 
     def backward(totals, block):
-        x, choice, kept, g = block
+        x, choice, g = block
         if pool:
             g = _to_output_tiles(g, plan)
             dbias = jnp.where(choice < 4, g, 0).sum((0, 1, 2))
@@ -78,15 +76,14 @@ def _conv_relu_bwd(pool, residuals, g):
             dy = _to_output_tiles(g, plan)
         dproducts = tiles.dot(plan.output.T, dy.reshape(m * m, -1))
         dproducts = dproducts.reshape(len(weights), -1, features)
-        transformed = _transformed_tiles(x, plan) if kept is None else kept
-        dweights = jnp.matmul(transformed.swapaxes(1, 2), dproducts)
+        dweights = jnp.matmul(_transformed_tiles(x, plan).swapaxes(1, 2), dproducts)
         dtiles = jnp.matmul(dproducts, weights.swapaxes(1, 2))
         dtiles = tiles.dot(plan.input.T, dtiles.reshape(len(weights), -1))
         dtiles = dtiles.reshape(*plan.size, len(x), *plan.count, -1).transpose(2, 3, 4, 0, 1, 5)
         return (totals[0] + dweights, totals[1] + dbias), tiles.add(dtiles, m, *x.shape[1:3])
 
     start = (tiles.zero(weights), tiles.zero(bias))
-    blocks = (plan.split(x), choice, kept, plan.split(g))
+    blocks = (plan.split(x), choice, plan.split(g))
     (dweights, dbias), dx = lax.scan(backward, start, blocks)
     dkernel = tiles.dot(plan.kernel.T, dweights.reshape(len(weights), -1)).reshape(kernel.shape)
     return tiles.join(dx, len(x)), dkernel, dbias
@@ -105,6 +102,7 @@ class _Plan(NamedTuple):
         out: (OH, OW) of the result.
         q: a tile gives q×q numbers of the result: m, or half of it after a pool.
         output, kernel, input: the constant matrices, [m², n], [n, KH·KW], [n, n] with n = NH·NW.
+        rows, columns: the same as `input`, of a whole side of the image: [NH·TH, H], [NW·TW, W].
         split: cuts a batch into blocks.
     """
 
@@ -116,11 +114,13 @@ class _Plan(NamedTuple):
     output: np.ndarray
     kernel: np.ndarray
     input: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
     split: Callable[[jax.Array], jax.Array]
 
 
 def _plan(x, kernel, pool):
-    kh, kw, c, features = kernel.shape
+    kh, kw = kernel.shape[:2]
     h, w = x.shape[1] - kh + 1, x.shape[2] - kw + 1
     out, stride = ((h // 2, w // 2), 2) if pool else ((h, w), 1)
 
@@ -133,31 +133,37 @@ def _plan(x, kernel, pool):
     # Larger tiles cost more to transform: they must save a quarter of the products.
     m = 4 if tiling(4)[2] < 3 / 4 * tiling(2)[2] else 2
     size, count, _ = tiling(m)
-    q = m // stride
-    numbers = math.prod(size) * math.prod(count) * 2 * (c + features)
-    split = tiles.splitter(len(x), _BLOCK_BYTES // (numbers * x.dtype.itemsize))
-    matrices = (matrix.astype(x.dtype) for matrix in _matrices(m, kh, kw))
-    return _Plan(m, size, count, out, q, *matrices, split)
+    split = tiles.splitter(len(x), _MOST_TILES // math.prod(count))
+    sides = [_matrices(m, k) for k in (kh, kw)]
+    rows, columns = (_bands(side[2], t, m) for side, t in zip(sides, count, strict=True))
+    matrices = (*(np.kron(a, b) for a, b in zip(*sides, strict=True)), rows, columns)
+    matrices = (matrix.astype(x.dtype) for matrix in matrices)
+    return _Plan(m, size, count, out, m // stride, *matrices, split)
 
 
 @cache
-def _matrices(m, kh, kw):
-    """Output, kernel and input matrices for m×m outputs, rows and columns in one (Kronecker).
+def _matrices(m, k):
+    """Output, kernel and input matrices for m outputs of a kernel of size k, in one dimension.
 
     By Cook and Toom: polynomials are multiplied as their values at as many points as the product
     has coefficients, the last of them infinity. A convolution is the transpose of that.
     """
+    n = m + k - 1
 
-    def one(k):
-        n = m + k - 1
+    def values(count):
+        powers = np.vander([0, 1, -1, 2, -2, 1 / 2, -1 / 2][: n - 1], count, increasing=True)
+        return np.vstack([powers, np.eye(count)[-1]])
 
-        def values(count):
-            powers = np.vander([0, 1, -1, 2, -2, 1 / 2, -1 / 2][: n - 1], count, increasing=True)
-            return np.vstack([powers, np.eye(count)[-1]])
+    return values(m).T, values(k), np.linalg.inv(values(n)).T
 
-        return values(m).T, values(k), np.linalg.inv(values(n)).T
 
-    return tuple(np.kron(a, b) for a, b in zip(one(kh), one(kw), strict=True))
+def _bands(matrix, count, stride):
+    """The matrix [N, N], times tiles that lie so far apart, as one of [N·count, side]."""
+    n = len(matrix)
+    bands = np.zeros((n, count, n + stride * (count - 1)))
+    for t in range(count):
+        bands[:, t, stride * t : stride * t + n] = matrix
+    return bands.reshape(n * count, -1)
 
 
 def _transformed_kernel(kernel, plan):
@@ -168,9 +174,20 @@ def _transformed_kernel(kernel, plan):
 
 def _transformed_tiles(x, plan):
     """[B, H, W, C] to [n, B·TH·TW, C]."""
-    h, w = (plan.m * t + n - plan.m for t, n in zip(plan.count, plan.size, strict=True))
-    taps = jnp.stack(tiles.taps(tiles.fit(x, h, w), plan.size, plan.count, plan.m))
-    return tiles.dot(plan.input, taps.reshape(len(taps), -1)).reshape(len(taps), -1, x.shape[3])
+    # All tiles of a row, then all of a column: none is cut out, and on images of this size that
+    # takes about as much arithmetic as the matrix of a whole tile, or less.
+    (nh, nw), (th, tw), c = plan.size, plan.count, x.shape[3]
+    h, w = plan.rows.shape[1], plan.columns.shape[1]
+    x = _times(plan.columns, tiles.fit(x, h, w).reshape(-1, w, c))
+    x = _times(plan.rows, x.reshape(-1, h, nw * tw * c))
+    x = x.reshape(-1, nh, th, nw, tw, c).transpose(1, 3, 0, 2, 4, 5)
+    return x.reshape(nh * nw, -1, c)
+
+
+def _times(matrix, x):
+    """matrix @ x for x [N, K, M]."""
+    # Given the matrix alone, `matmul` would make [M', N, M] and transpose it.
+    return jnp.matmul(jnp.broadcast_to(matrix, (len(x), *matrix.shape)), x)
 
 
 def _from_output_tiles(y, plan):

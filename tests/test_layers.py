@@ -81,7 +81,7 @@ def test_winograd_is_xlas_convolution(monkeypatch, conv, kernel_size, size, spli
     x, kernel = normal(0, (3, *size, 32)), normal(1, (*kernel_size, 32, 34))
     assert winograd.suits(x, kernel)
     if split:
-        monkeypatch.setattr(winograd, "_BLOCK_BYTES", 2**18)
+        monkeypatch.setattr(winograd, "_MOST_TILES", 16)
         monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
     assert_same(conv, x, kernel, "VALID", 2e-5)
 
