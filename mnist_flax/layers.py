@@ -77,9 +77,8 @@ class Dropout(nn.Module):
         dropped = round(self.rate * 2**16)
         if dropped == 2**16:
             return jnp.zeros_like(x)
-        pairs = random_bits.bits(self.make_rng("dropout"), -(-x.size // 2))
-        bits = jnp.concatenate([pairs & 0xFFFF, pairs >> 16])[: x.size].reshape(x.shape)
-        return jnp.where(bits >= dropped, x * (2**16 / (2**16 - dropped)), 0)
+        kept = random_bits.at_least(self.make_rng("dropout"), dropped, x.size).reshape(x.shape)
+        return jnp.where(kept, x * (2**16 / (2**16 - dropped)), 0)
 
 
 class Concatenate(nn.Module):

@@ -1,20 +1,56 @@
-"""`jax.random.bits` in one pass over memory on CPU, with the same bits.
+"""Random bits by JAX's own generator, made faster on CPU.
 
 JAX compiles its generator there to a loop whose five rounds each go through memory. Written out
-it is one fusion, in a fifth of the time.
+it is one fusion, in a fifth of the time. XLA also fuses it into whatever reads the bits, forwards
+and backwards, and so makes each word several times; a loop keeps it from that.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Words of a block, which stay in a core's cache.
+_BLOCK = 2**14
 
-def bits(key: jax.Array, count: int) -> jax.Array:
-    """`jax.random.bits(key, (count,))`, uint32; count is below 2**32."""
+
+def at_least(key: jax.Array, threshold: int, count: int) -> jax.Array:
+    """Whether each of `count` numbers of 16 random bits is `threshold` or more: bool [count].
+
+    They are the lower halves of `jax.random.bits(key, (words,))`, then the upper halves, with half
+    as many words. `threshold` is below 2**16, `count` below 2**32.
+    """
+    words = -(-count // 2)
     if jax.random.key_impl(key) != "threefry2x32":
-        return jax.random.bits(key, (count,))
-    first, second = _threefry(jax.random.key_data(key), lax.iota(jnp.uint32, count))
-    return first ^ second
+        pairs = _compared(jax.random.bits(key, (words,)), threshold)
+    else:
+        pairs = lax.platform_dependent(
+            jax.random.key_data(key),
+            cpu=partial(_in_blocks, threshold=threshold, words=words),
+            default=partial(_made, threshold=threshold, words=words),
+        )
+    halves = pairs >> jnp.uint8([[0], [1]]) & 1
+    return (halves == 1).reshape(-1)[:count]
+
+
+def _in_blocks(key, threshold, words):
+    """`_made`, but in a loop of blocks, from which XLA cannot take it."""
+    blocks = max(1, -(-words // _BLOCK))
+    size = -(-words // blocks)
+    starts = size * jnp.arange(blocks, dtype=jnp.uint32)
+    return lax.map(partial(_made, key, threshold, size), starts).reshape(-1)[:words]
+
+
+def _made(key, threshold, words, start=0):
+    first, second = _threefry(key, start + lax.iota(jnp.uint32, words))
+    return _compared(first ^ second, threshold)
+
+
+def _compared(words, threshold):
+    """Both halves of each word in a byte: the lower one's comparison in bit 0, the upper's in 1."""
+    lower, upper = ((half >= threshold).astype(jnp.uint8) for half in (words & 0xFFFF, words >> 16))
+    return lower | upper << 1
 
 
 def _threefry(key, low):

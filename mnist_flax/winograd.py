@@ -44,12 +44,12 @@ def _conv_relu_fwd(x, kernel, bias, pool):
     def forward(block):
         products = jnp.matmul(_transformed_tiles(block, plan), weights)
         y = tiles.dot(plan.output, products.reshape(len(products), -1))
-        y = y.reshape(plan.m // 2, 2, plan.m // 2, 2, -1, kernel.shape[3])
         if not pool:
-            y = _from_output_tiles(y.reshape(plan.m, plan.m, *y.shape[4:]), plan)
+            y = _from_output_tiles(y.reshape(plan.q, plan.q, -1, len(bias)), plan)
             y = jax.nn.relu(y + bias)
             return y, y > 0
-        pooled, choice = pooling.relu_pool(*(y[:, i, :, j] for i in (0, 1) for j in (0, 1)), bias)
+        y = y.reshape(plan.q, plan.q, 4, -1, len(bias))
+        pooled, choice = pooling.relu_pool(*(y[:, :, i] for i in range(4)), bias)
         return _from_output_tiles(pooled, plan), choice
 
     blocks, choice = lax.map(forward, plan.split(x))
@@ -68,8 +68,13 @@ def _conv_relu_bwd(pool, residuals, g):
         if pool:
             g = _to_output_tiles(g, plan)
             dbias = jnp.where(choice < 4, g, 0).sum((0, 1, 2))
-            places = [(i // 2, j // 2, i % 2 * 2 + j % 2) for i in range(m) for j in range(m)]
-            dy = jnp.stack([jnp.where(choice[i, j] == place, g[i, j], 0) for i, j, place in places])
+            if plan.q == 1:
+                # XLA would fuse a stack of four, and branch for each of its numbers.
+                dy = jnp.where(choice == jnp.arange(4, dtype=choice.dtype)[:, None, None], g, 0)
+            else:
+                pools = list(np.ndindex(plan.q, plan.q))
+                dy = [jnp.where(choice[p] == i, g[p], 0) for p in pools for i in range(4)]
+                dy = jnp.stack(dy)
         else:
             g = jnp.where(choice, g, 0)
             dbias = g.sum((0, 1, 2))
@@ -101,7 +106,8 @@ class _Plan(NamedTuple):
         count: (TH, TW), tiles of an image.
         out: (OH, OW) of the result.
         q: a tile gives q×q numbers of the result: m, or half of it after a pool.
-        output, kernel, input: the constant matrices, [m², n], [n, KH·KW], [n, n] with n = NH·NW.
+        output, kernel, input: the constant matrices, [m², n], [n, KH·KW], [n, n] with n = NH·NW;
+            of the outputs those of a pool in succession.
         rows, columns: the same as `input`, of a whole side of the image: [NH·TH, H], [NW·TW, W].
         split: cuts a batch into blocks.
     """
@@ -136,7 +142,10 @@ def _plan(x, kernel, pool):
     split = tiles.splitter(len(x), _MOST_TILES // math.prod(count))
     sides = [_matrices(m, k) for k in (kh, kw)]
     rows, columns = (_bands(side[2], t, m) for side, t in zip(sides, count, strict=True))
-    matrices = (*(np.kron(a, b) for a, b in zip(*sides, strict=True)), rows, columns)
+    output, kernel, input = (np.kron(a, b) for a, b in zip(*sides, strict=True))
+    if pool:
+        output = output.reshape(m // 2, 2, m // 2, 2, -1).swapaxes(1, 2).reshape(m * m, -1)
+    matrices = (output, kernel, input, rows, columns)
     matrices = (matrix.astype(x.dtype) for matrix in matrices)
     return _Plan(m, size, count, out, m // stride, *matrices, split)
 
