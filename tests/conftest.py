@@ -15,16 +15,24 @@ jax.config.update("jax_num_cpu_devices", 4)
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 
+def shared_folder(tmp_path_factory, name):
+    """A folder that all processes of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
     """One data folder for all tests that only read what is prepared in it."""
-    return tmp_path_factory.mktemp("tfds")
+    return shared_folder(tmp_path_factory, "tfds")
 
 
 @pytest.fixture(scope="session")
 def cache_home(tmp_path_factory) -> Path:
     """One folder for all programs that the tests compile and keep."""
-    return tmp_path_factory.mktemp("cache")
+    return shared_folder(tmp_path_factory, "cache")
 
 
 @pytest.fixture(autouse=True)

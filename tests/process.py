@@ -14,7 +14,7 @@ from mnist_flax import config as config_lib
 def train_on_two_devices(loader_name: str) -> tuple[int, float, int]:
     """The checksum of a trained state, its loss, and the number of single examples read."""
     config = config_lib.default()
-    config.batch_size, config.parallel = 35, 2
+    config.model, config.batch_size, config.parallel = "baseline", 35, 2
     mesh = parallel.mesh(config)
     loader = loaders.create(loader_name, "digits", "train[:90]", "", mesh)
     model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)

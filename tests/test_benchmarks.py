@@ -107,14 +107,16 @@ def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
 
 def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path):
     datasets.load("digits", "train")
-    arguments = "--networks larger --peers flax-loop --dataset digits --repetitions 2 --seconds 0.5"
-    throughput.main([*arguments.split(), f"--results={tmp_path}"])
+    arguments = (
+        "--networks baseline --peers flax-loop --dataset digits --repetitions 2"
+    )
+    throughput.main([*arguments.split(), "--seconds=0.5", f"--results={tmp_path}"])
     # Not among those of MNIST.
     results = json.loads((tmp_path / "throughput_cpu_digits.json").read_text())
-    assert list(results) == ["larger"]
+    assert list(results) == ["baseline"]
     for peer in ("mnist_flax", "flax-loop"):
-        measured = results["larger"]["peers"][peer]
-        assert measured["parameters"] == 59933
+        measured = results["baseline"]["peers"][peer]
+        assert measured["parameters"] == 592074
         assert len(measured["images_per_second"]) == 2
         assert measured["loss_after"] < measured["loss_before"]
         assert 0 < measured["compile_seconds"] < measured["first_step_seconds"]

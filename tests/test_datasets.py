@@ -203,7 +203,10 @@ def test_the_stock_builder_reads_the_mnist_prepared_here(mnist, prepared):
     written = json.loads((prepared / "mnist/3.0.1/dataset_info.json").read_text())
     assert written["moduleName"] == "tensorflow_datasets.image_classification.mnist"
     assert written["downloadSize"] == str(9912422 + 28881 + 1648877 + 4542)
-    assert {path.name for path in prepared.iterdir()} <= {"digits", "mnist", "mnist_flax_cache"}
+    names = {path.name for path in prepared.iterdir()}
+    # Another process of the tests may be about to prepare something.
+    names = {name for name in names if not name.startswith("incomplete.")}
+    assert names <= {"digits", "mnist", "mnist_flax_cache"}
 
 
 def test_the_manual_folder_can_come_from_the_environment(fresh, monkeypatch, tmp_path):
