@@ -107,9 +107,7 @@ def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
 
 def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path):
     datasets.load("digits", "train")
-    arguments = (
-        "--networks baseline --peers flax-loop --dataset digits --repetitions 2"
-    )
+    arguments = "--networks baseline --peers flax-loop --dataset digits --repetitions 2"
     throughput.main([*arguments.split(), "--seconds=0.5", f"--results={tmp_path}"])
     # Not among those of MNIST.
     results = json.loads((tmp_path / "throughput_cpu_digits.json").read_text())
