@@ -176,7 +176,7 @@ def _xla_conv(x, kernel, padding):
 
 def dense_product(x: jax.Array, kernel: jax.Array, dimension_numbers, precision=None) -> jax.Array:
     """`lax.dot_general` for `flax.linen.Dense`, with a faster gradient on CPU."""
-    if x.ndim != 2:
+    if x.ndim != 2 or precision is not None:
         return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
     return _product(x, kernel)
 

@@ -72,9 +72,8 @@ def _conv_relu_bwd(pool, residuals, g):
                 # XLA would fuse a stack of four, and branch for each of its numbers.
                 dy = jnp.where(choice == jnp.arange(4, dtype=choice.dtype)[:, None, None], g, 0)
             else:
-                pools = list(np.ndindex(plan.q, plan.q))
-                dy = [jnp.where(choice[p] == i, g[p], 0) for p in pools for i in range(4)]
-                dy = jnp.stack(dy)
+                places = [(p, i) for p in np.ndindex(plan.q, plan.q) for i in range(4)]
+                dy = jnp.stack([jnp.where(choice[p] == i, g[p], 0) for p, i in places])
         else:
             g = jnp.where(choice, g, 0)
             dbias = g.sum((0, 1, 2))
@@ -142,11 +141,10 @@ def _plan(x, kernel, pool):
     split = tiles.splitter(len(x), _MOST_TILES // math.prod(count))
     sides = [_matrices(m, k) for k in (kh, kw)]
     rows, columns = (_bands(side[2], t, m) for side, t in zip(sides, count, strict=True))
-    output, kernel, input = (np.kron(a, b) for a, b in zip(*sides, strict=True))
+    output, *others = (np.kron(a, b) for a, b in zip(*sides, strict=True))
     if pool:
         output = output.reshape(m // 2, 2, m // 2, 2, -1).swapaxes(1, 2).reshape(m * m, -1)
-    matrices = (output, kernel, input, rows, columns)
-    matrices = (matrix.astype(x.dtype) for matrix in matrices)
+    matrices = (matrix.astype(x.dtype) for matrix in (output, *others, rows, columns))
     return _Plan(m, size, count, out, m // stride, *matrices, split)
 
 

@@ -232,6 +232,12 @@ def test_dense_product_has_the_gradients_of_dot_general(batch, dtype):
         np.testing.assert_allclose(actual, expected, atol=tolerance)
 
 
+def test_a_precision_asked_of_a_dense_product_is_kept():
+    operands, numbers = (normal(0, (9, 3)), normal(1, (3, 2))), (((1,), (0,)), ((), ()))
+    product = partial(layers.dense_product, dimension_numbers=numbers, precision="highest")
+    assert "HIGHEST" in str(jax.make_jaxpr(product)(*operands))
+
+
 def test_images_too_small_are_refused():
     kernel, bias = normal(1, (5, 5, 1, 2)), jnp.zeros(2)
     with pytest.raises(UserError, match="4×9 pixels reach a 5×5 convolution"):

@@ -12,7 +12,12 @@ def expected(key, threshold, count):
 
 @pytest.mark.parametrize("count", [0, 1, 1000, 2**16 + 1])
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_numbers_are_the_halves_of_jax_randoms_words(impl, count):
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_numbers_are_the_halves_of_jax_randoms_words(monkeypatch, platform, impl, count):
+    def choose(*args, **branches):
+        return branches[platform](*args)
+
+    monkeypatch.setattr(random_bits.lax, "platform_dependent", choose)
     key = jax.random.fold_in(jax.random.key(7, impl=impl), 2**31 + 5)
     ours = jax.jit(random_bits.at_least, static_argnums=(1, 2))(key, 2**14, count)
     np.testing.assert_array_equal(ours, expected(key, 2**14, count))
