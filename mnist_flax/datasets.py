@@ -1,7 +1,8 @@
 """Image classification data sets as NumPy arrays, through TensorFlow Datasets (TFDS).
 
 `digits` is embedded, `mnist`, `fashion_mnist` and `kmnist` are prepared without TensorFlow, and
-any other TFDS image classification set is read where it is prepared. Data lies in the folder
+any other TFDS image classification set is read where it is prepared, or prepared if TFDS needs no
+TensorFlow for it. Data lies in the folder
 that TFDS uses: TFDS_DATA_DIR, or else ~/tensorflow_datasets.
 """
 
@@ -193,12 +194,14 @@ def _prepared(name: str, split: str, manual_dir: str) -> "tfds.core.DatasetBuild
         from mnist_flax import preparation
 
         folder = manual_dir or (in_family and os.environ.get("MNIST_FLAX_MANUAL_DIR"))
-        builder = preparation.prepare(name, builder, Path(folder).expanduser() if folder else None)
+        folder = Path(os.path.expanduser(folder)) if folder else None
+        builder = preparation.prepare(name, builder, folder)
     return builder
 
 
 def _data_dir() -> Path:
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    # Unlike `Path.expanduser`, it leaves the ~ of an unknown user.
+    return Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def _whole_split(builder: "tfds.core.DatasetBuilder", split: str) -> Arrays:
@@ -228,7 +231,8 @@ def _checksum(array: np.ndarray) -> int:
 def _read_cache(folder: Path, split: str, source: str) -> Arrays | None:
     """The cached split; None where there is none, or it is out of date or damaged."""
     record_path = folder / f"{split}.json"
-    if not record_path.exists():
+    # Unlike `Path.exists`, for a folder of somebody else's it says no.
+    if not os.path.exists(record_path):
         return None
     try:
         record = json.loads(record_path.read_text())

@@ -33,9 +33,13 @@ def device_name() -> str:
 
 
 def cores() -> int:
-    """The cores that this process may use, where the system tells."""
+    """The cores that this process may use, where the system tells; a container's share of them."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count()
+    count = len(affinity(0)) if affinity else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, (_CGROUP / "cpu.max").read_text().split())
+        count = min(count, max(1, quota // period))
+    return count
 
 
 def keep_compiled() -> None:
@@ -43,10 +47,14 @@ def keep_compiled() -> None:
 
     Compiling takes most of the time to the first step; a program that was compiled before, on a
     processor with the same instructions, is read in a tenth of a second instead. A folder that
-    JAX_COMPILATION_CACHE_DIR names is taken, and none where the cache folder cannot be written.
+    JAX_COMPILATION_CACHE_DIR names is taken, and none where the user has no home folder or the
+    cache folder cannot be written.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+        # The user has no home folder.
+        if not cache.is_absolute():
+            return
         # Machines that share a home folder need not share a processor.
         folder = cache / "mnist_flax" / f"compiled-{zlib.crc32(_instruction_sets()):08x}"
         try:

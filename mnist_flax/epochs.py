@@ -1,7 +1,7 @@
 """Epochs as programs for the devices of a mesh."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -68,13 +68,19 @@ def compile_epoch(
         out_shardings=NamedSharding(mesh, state),
         donate_argnums=0 if donate else (),
     )
-    by_length = {
-        n: compiled.lower(carried, *loader.abstract(n, seeds, batch_size)).compile()
-        for n in {length, steps % length} - {0}
-    }
+    carried = jax.eval_shape(lambda carried: carried, carried)
+
+    @cache
+    def of_length(n: int) -> Callable[..., Any]:
+        return compiled.lower(carried, *loader.abstract(n, seeds, batch_size)).compile()
+
+    for n in {length, steps % length} - {0}:
+        of_length(n)
 
     def run(carried: Any, piece: Piece) -> Any:
-        return by_length[len(piece.rows)](carried, *piece)
+        # Where an epoch was begun in pieces of another length, as on another kind of device, what
+        # is left of it may end with one that is not compiled yet.
+        return of_length(len(piece.rows))(carried, *piece)
 
     return run
 

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="which network of a run with several seeds")
     args = parser.parse_args()
     run = trained.load(args.run_dir, args.step, args.seed)
-    split = args.split or run.config.data.test_split
+    split = run.config.data.test_split if args.split is None else args.split
     print(f"{run.config.model} after step {run.step:,}, on {split} of {run.config.data.name}")
     report.score(run.evaluate(split), "Test" if split == run.config.data.test_split else split)
 

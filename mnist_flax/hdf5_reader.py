@@ -4,7 +4,7 @@ The HDF5 library may loop or crash on a damaged file. It then takes no other wor
 
     python hdf5_reader.py FILE
 
-writes an .npz archive to the standard output: `content`, a JSON text that `Content` describes, and
+writes an .npz archive to the standard output: `content`, a JSON text that `read` describes, and
 the arrays. Nothing in the file is executed, unpickled or followed out of it.
 """
 
@@ -23,7 +23,8 @@ import numpy as np
 # More than any of the seven networks takes with its optimiser, even on large images.
 _MOST_BYTES = 2**30
 _MOST_CONFIG_BYTES = 2**20
-_MOST_MEMORY = 2**33
+_MOST_CONTENT_BYTES = 2**22
+_MOST_MEMORY = 2**32
 
 
 def main() -> None:
@@ -34,10 +35,12 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
     try:
         content, arrays = read(sys.argv[1])
+        if len(text := json.dumps(content)) > _MOST_CONTENT_BYTES:
+            raise ValueError(f"its names take {len(text):,} bytes")
     except Exception as error:
         # The library raises whatever the damage leads to.
         sys.exit((str(error).strip() or type(error).__name__).splitlines()[0][:200])
-    np.savez(sys.stdout.buffer, content=np.array(json.dumps(content)), **arrays)
+    np.savez(sys.stdout.buffer, content=np.array(text), **arrays)
 
 
 def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -111,14 +114,20 @@ def _legacy(group: h5py.Group) -> Layers:
 
 def _numbered(file: h5py.File) -> Layers:
     """Layers that are called by class and number, those of a class in their order."""
-    # Keras 2.12 to 2.14 called the group by its internal name.
-    old = "_layer_checkpoint_dependencies"
-    place = old if old in file else "layers"
-    if place not in file:
-        return
-    layers = _member_of(file, place, h5py.Group)
+    # Keras 2.12 and 2.13 called the group by its internal name.
+    places = ("layers", "_layer_checkpoint_dependencies")
+    layers = {}
+    for place in places:
+        if place in file:
+            group = _member_of(file, place, h5py.Group)
+            layers |= {name: (group, name) for name in group}
+    # Keras 2 on Windows wrote paths with its own separator, which is none to HDF5.
+    for path in file:
+        place, _, name = path.partition("\\")
+        if place in places and name:
+            layers[name] = (file, path)
     for name in sorted(layers, key=lambda name: int((re.findall(r"_(\d+)$", name) or [0])[0])):
-        group = _member_of(layers, name, h5py.Group)
+        group = _member_of(*layers[name], h5py.Group)
         variables = _member_of(group, "vars", h5py.Group)
         yield name, _floats(_member_of(variables, key, h5py.Dataset) for key in sorted(variables))
 
@@ -157,6 +166,8 @@ def _texts(parent: h5py.Group, name: str) -> list[str]:
     if (entries := parent.attrs.get_id(name).get_space().get_simple_extent_npoints()) > 1000:
         raise ValueError(f"the attribute {name} has {entries:,} entries")
     texts = np.ravel(parent.attrs[name])
+    if (length := sum(map(len, texts))) > _MOST_CONFIG_BYTES:
+        raise ValueError(f"the attribute {name} takes {length:,} bytes")
     return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
 
 

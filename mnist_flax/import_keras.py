@@ -6,6 +6,7 @@ Keras nor TensorFlow is needed, and nothing in the file is executed.
 
 import argparse
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,19 @@ def main() -> None:
         "--dataset", default="mnist", help="what `evaluate` scores it on (default: %(default)s)"
     )
     args = parser.parse_args()
-    config = import_file(args.file, args.run_dir, args.model, args.dataset)
+    config, described = import_file(args.file, args.run_dir, args.model, args.dataset)
     print(f"{args.file} holds {config.model}; its weights are in the run folder {args.run_dir}")
+    if not described:
+        print(
+            "It holds weights alone: that activations, pools and the order of channels are those "
+            f"of {config.model}, for images of 28×28, is taken for granted"
+        )
     report.next_steps(args.run_dir)
 
 
 def import_file(
     path: Path, run_dir: Path, name: str | None = None, dataset: str = "mnist"
-) -> ConfigDict:
+) -> tuple[ConfigDict, bool]:
     """Makes a run folder, at step 0, with the weights of a Keras file.
 
     Args:
@@ -67,7 +73,8 @@ def import_file(
         dataset: the data set that `evaluate` takes.
 
     Returns:
-        The run's configuration.
+        The run's configuration, and whether the file describes the network; otherwise it holds
+        weights alone, whose shapes are those of that network.
 
     Raises:
         UserError: the file is damaged, holds none of the seven networks or leaves open which, or
@@ -112,7 +119,7 @@ def import_file(
         raise UserError(f"{run_dir} cannot be written ({error}): name another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return config
+    return config, content.network is not None
 
 
 def _check_folder(run_dir: Path) -> None:
@@ -140,9 +147,13 @@ def recognise(content: Content, name: str | None) -> tuple[str, nn.Module, tuple
         UserError: it is none of them, is not the one named, or may be several.
     """
     arrays = [array for layer in content.weights for array in layer]
-    if not arrays or (not content.network and len(arrays[0].shape) != 4):
+    if content.network:
+        last = re.fullmatch(r"Dense (\d{1,6}) softmax", content.network.nodes[-1].text)
+        num_classes = int(last[1]) if last else 1
+    elif arrays and len(arrays[0].shape) == 4:
+        num_classes = max((1, *arrays[-1].shape[-1:]))
+    else:
         raise UserError(f"its network is none of {', '.join(models.names())}: {_found(content)}")
-    num_classes = max((1, *arrays[-1].shape[-1:]))
     candidates = {n: models.create(n, num_classes=num_classes) for n in models.names()}
     alike = [n for n, model in candidates.items() if _fits(content, model, any_dropout=True)]
     if name in alike:
@@ -208,8 +219,9 @@ def _fits(content: Content, model: nn.Module, any_dropout: bool) -> bool:
 
 
 def _image_shape(content: Content) -> tuple[int, ...]:
-    stated = content.network and content.network.image_shape
-    return stated or (28, 28, *content.weights[0][0].shape[2:3])
+    if content.network and content.network.image_shape:
+        return content.network.image_shape
+    return (28, 28, *content.weights[0][0].shape[2:3]) if content.weights else (28, 28, 1)
 
 
 def _layers(content: Content, model: nn.Module) -> list[str]:

@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -162,12 +164,30 @@ def _content(archive: dict[str, np.ndarray]) -> Content:
             layers = dict(sorted(layers.items(), key=lambda item: item[0].startswith("dense")))
         return Content(None, [arrays for arrays in layers.values() if arrays], dropouts)
     network = keras_layers.describe(json.loads(found["config"]))
-    called = {name: name for name, _ in network.order}
     if found["named"] == "numbered":
-        names, kinds = zip(*network.order, strict=True)
-        called = dict(zip(names, keras_layers.numbered(kinds), strict=True))
-    ordered = [layers.get(called[name], []) for name in network.names]
+        layers = _by_own_name(layers, network.order)
+    ordered = [layers.get(name, []) for name in network.names]
     return Content(network, [arrays for arrays in ordered if arrays], 0)
+
+
+def _by_own_name(
+    layers: dict[str, list[Array]], order: list[tuple[str, str]]
+) -> dict[str, list[Array]]:
+    """Layers with weights by their names in the configuration, instead of class and number."""
+    # By rank: Keras 2.12 and 2.13 count each layer twice.
+    ranked: dict[str, list[list[Array]]] = defaultdict(list)
+    for numbered, arrays in layers.items():
+        if arrays:
+            ranked[re.sub(r"_\d+$", "", numbered)].append(arrays)
+    own: dict[str, list[str]] = defaultdict(list)
+    for name, kind in order:
+        own[keras_layers.numbered([kind])[0]].append(name)
+    return {
+        name: arrays
+        for kind, found in ranked.items()
+        if len(found) == len(own[kind])
+        for name, arrays in zip(own[kind], found, strict=True)
+    }
 
 
 def _write_keras(target: io.BytesIO, config: keras_layers.Config, layers: Layers) -> None:

@@ -26,8 +26,18 @@ _USUAL = {
     "data_format": ("channels_last", None),
     "axis": (-1, 3),
     "noise_shape": (None,),
+    "max_value": (None,),
+    "negative_slope": (0,),
+    "threshold": (0,),
 }
-_MOST_PIXELS, _MOST_CHANNELS = 4096, 1024
+# Layers that are what a Conv2D or Dense layer without one may have as its activation.
+_ACTIVATIONS = {
+    "Activation relu": "relu",
+    "Activation softmax": "softmax",
+    "ReLU": "relu",
+    "Softmax": "softmax",
+}
+_MOST_PIXELS, _MOST_CHANNELS = 1024, 1024
 
 
 class Node(NamedTuple):
@@ -102,7 +112,7 @@ def without_dropout(nodes: list[Node]) -> list[Node]:
     moved = {-1: -1}
     for position, node in enumerate(nodes):
         inputs = tuple(moved[i] for i in node.inputs)
-        if node.text.startswith("Dropout"):
+        if node.text.split()[0] == "Dropout":
             moved[position] = inputs[0]
         else:
             moved[position] = len(kept)
@@ -162,22 +172,32 @@ def describe(config: Config) -> Described:
     node_names: list[str] = []
     result: dict[str, int] = {}
 
+    def linear(name: str, *others: str) -> bool:
+        """Whether it is a Conv2D or Dense layer without an activation, and taken once."""
+        wide = _kind(layers[name]) in ("Conv2D", "Dense")
+        activation = layers[name]["config"].get("activation") or "linear"
+        taken = sum(taken.count(name) for taken in inputs.values())
+        return wide and activation == "linear" and taken == 1 and not others
+
     def visit(name: str) -> int:
         """The position of the node that gives a layer's result."""
         nonlocal shape
         if name not in result:
             taken = tuple(visit(i) for i in inputs[name]) or (-1,)
-            # Where a class is not Keras's own, its registered name tells.
-            kind = layers[name].get("registered_name") or layers[name]["class_name"]
-            options = layers[name]["config"]
+            kind, options = _kind(layers[name]), layers[name]["config"]
             if taken == (-1,):
                 shape = options.get("batch_shape") or options.get("batch_input_shape") or shape
                 if kind == "Reshape":
                     shape = [None, *options["target_shape"]]
+            text = _text(kind, options)
             if taken == (-1,) and kind in ("InputLayer", "Reshape"):
                 result[name] = -1
+            elif text in _ACTIVATIONS and linear(*inputs[name]):
+                (result[name],) = taken
+                before = nodes[taken[0]]
+                nodes[taken[0]] = Node(f"{before.text} {_ACTIVATIONS[text]}", before.inputs)
             else:
-                nodes.append(Node(_text(kind, options), taken))
+                nodes.append(Node(text, taken))
                 node_names.append(name)
                 result[name] = len(nodes) - 1
         return result[name]
@@ -244,6 +264,14 @@ def numbered(kinds: Iterable[str]) -> list[str]:
         names.append(f"{name}_{counts[name]}" if counts[name] else name)
         counts[name] += 1
     return names
+
+
+def _kind(layer: Config) -> str:
+    """The class of a layer, with its package where that is not Keras."""
+    module = layer.get("module") or "keras"
+    if module.partition(".")[0] not in ("keras", "tf_keras"):
+        return f"{module}>{layer['class_name']}"
+    return layer.get("registered_name") or layer["class_name"]
 
 
 def _options(text: str) -> Config:

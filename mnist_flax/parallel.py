@@ -31,11 +31,11 @@ def mesh(config: ConfigDict) -> Mesh:
     number of CPU devices was set already, it takes of those that there are.
 
     Raises:
-        UserError: there are fewer than `config.parallel`.
+        UserError: there are fewer than `config.parallel`, or not the kind that was asked for.
     """
     cores = environment.cores()
     _make_cores_devices(min(cores, math.prod(_shape(config, cores))))
-    devices = jax.devices()
+    devices = _devices()
     on_cpu = devices[0].platform == "cpu"
     if on_cpu and not _cpu_only():
         warnings.warn(
@@ -54,7 +54,7 @@ def mesh(config: ConfigDict) -> Mesh:
 
 def single_mesh() -> Mesh:
     """The first device alone."""
-    return _mesh(jax.devices()[:1], (1, 1))
+    return _mesh(_devices()[:1], (1, 1))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -75,6 +75,16 @@ def split(mesh: Mesh) -> NamedSharding:
 def own(mesh: Mesh) -> NamedSharding:
     """The sharding of what holds a part for each device, one after the other."""
     return NamedSharding(mesh, PartitionSpec((SEEDS, AXIS)))
+
+
+def _devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise UserError(
+            f"JAX has no device to compute on ({str(error).splitlines()[0]}): unset JAX_PLATFORMS, "
+            "or set it to a kind that this machine has"
+        ) from error
 
 
 def _mesh(devices: list[jax.Device], shape: tuple[int, int]) -> Mesh:

@@ -136,9 +136,12 @@ def piece_length(config: ConfigDict, num_examples: int, most: int) -> int:
     is taken in any case.
     """
     steps, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
-    # On GPU and TPU a step is too short to come back to the host every few.
-    least = 10 if _on_cpu() else 1000
-    length = steps if steps <= 5 * least else max(least, steps // 20)
+    # On GPU and TPU a step is too short to come back to the host every few; on CPU seeds take
+    # turns.
+    least, turns = (10, config.num_seeds) if _on_cpu() else (1000, 1)
+    length = max(1, least // turns, steps // (20 * turns))
+    if steps * turns <= 5 * least:
+        length = steps
     cap = max(1, most // (config.batch_size * config.num_seeds))
     length = min(length, cap)
     if 0 < every < steps:

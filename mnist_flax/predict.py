@@ -43,7 +43,8 @@ def read(path: Path, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
         raise UserError(f"image files have 1 or 3 channels, and the network takes {shape[2]}")
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:
+        # Pillow raises whatever the damage leads to, SyntaxError among it.
         raise UserError(
             f"{path} cannot be read as an image ({error}): give a PNG or JPEG"
         ) from None

@@ -35,7 +35,13 @@ def prepare(
     if occupied:
         raise UserError(f"{target} is not a prepared data set: delete this folder and run again")
     if manual_dir is not None:
-        _check_gz_files(builder, manual_dir)
+        try:
+            _check_gz_files(builder, manual_dir)
+        except OSError as error:
+            raise UserError(
+                f"the manual folder {manual_dir} cannot be read ({builders.short(error)}): name "
+                "another with --config.data.manual_dir or MNIST_FLAX_MANUAL_DIR"
+            ) from error
     try:
         root.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix="incomplete.", dir=root)

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from mnist_flax import scoring
 
 if TYPE_CHECKING:
-    from mnist_flax.train import Data, Position
+    from mnist_flax.parts import Data
+    from mnist_flax.train import Position
 
 
 def header(config: ConfigDict, parameters: int, data: "Data", run_dir: Path, device: str) -> None:

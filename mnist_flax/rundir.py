@@ -1,7 +1,11 @@
 """A run folder: config.json, metrics.jsonl, summary.json and checkpoints/."""
 
+import fcntl
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,8 @@ from ml_collections import ConfigDict
 
 from mnist_flax import config as config_lib
 from mnist_flax.errors import UserError
+
+_LOCK = ".lock"
 
 # Where the data lies may change between two starts of the same run.
 _MAY_DIFFER = ("data.manual_dir",)
@@ -47,8 +53,10 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
             f"the run folder {run_dir} cannot be written, as {existing} is not a writable "
             "folder: name another with --workdir"
         )
-    # A start that was killed may leave a file half-written, under another name.
-    if not run_dir.exists() or all(path.suffix == ".tmp" for path in run_dir.iterdir()):
+    if not run_dir.exists():
+        return
+    # A start that was killed may leave its lock, and a file half-written under another name.
+    if all(path.suffix == ".tmp" or path.name == _LOCK for path in run_dir.iterdir()):
         return
     if not (run_dir / "config.json").exists():
         raise UserError(
@@ -68,6 +76,43 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
         )
 
 
+@contextmanager
+def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
+    """Makes the folder for one process to train in, and keeps others from it meanwhile.
+
+    Raises:
+        UserError: another process trains there, or left something since `check`; the folder cannot
+            be written.
+    """
+    path = run_dir / _LOCK
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise _not_writable(run_dir, error) from None
+    # The system unlocks what is closed, also when the process is killed.
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in the run folder {run_dir}: wait for it, or name "
+                "another folder with --workdir"
+            ) from None
+        except OSError as error:
+            warnings.warn(
+                f"the run folder {run_dir} cannot be locked ({error.strerror}): start no second "
+                "run in it while this one trains",
+                stacklevel=3,
+            )
+        try:
+            check(run_dir, config)
+            create(run_dir, config)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def create(run_dir: Path, config: ConfigDict) -> None:
     """Makes the folder and writes its configuration.
 
@@ -78,9 +123,11 @@ def create(run_dir: Path, config: ConfigDict) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "config.json", config.to_dict())
     except OSError as error:
-        raise UserError(
-            f"the run folder {run_dir} cannot be written ({error.strerror}): name another"
-        ) from None
+        raise _not_writable(run_dir, error) from None
+
+
+def _not_writable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(f"the run folder {run_dir} cannot be written ({error.strerror}): name another")
 
 
 def read_config(run_dir: Path) -> ConfigDict:
@@ -90,13 +137,13 @@ def read_config(run_dir: Path) -> ConfigDict:
         UserError: the folder is not there, is no run, or its configuration is damaged.
     """
     path = run_dir / "config.json"
-    if not path.is_file():
-        what = "is not a run folder (there is no config.json in it)"
-        raise UserError(
-            f"{run_dir} {what if run_dir.exists() else 'does not exist'}: "
-            "give the folder that a training run printed"
-        )
     try:
+        if not path.is_file():
+            what = "is not a run folder (there is no config.json in it)"
+            raise UserError(
+                f"{run_dir} {what if run_dir.exists() else 'does not exist'}: "
+                "give the folder that a training run printed"
+            )
         config = config_lib.default()
         stored = json.loads(path.read_text())
         with config.unlocked():
@@ -106,7 +153,9 @@ def read_config(run_dir: Path) -> ConfigDict:
         if "model" not in stored:
             raise ValueError("it names no model")
         return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give another folder") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged, of another version or no run's ({error}): give another folder"
         ) from error
@@ -115,12 +164,12 @@ def read_config(run_dir: Path) -> ConfigDict:
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """The summary of a finished run; None where the run is not finished."""
     path = run_dir / "summary.json"
-    if not path.exists():
-        return None
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text()) if path.exists() else None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): delete it to score the run again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:

@@ -19,14 +19,16 @@ class Stopped(Exception):
 def noted() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM in a list for the caller to look at.
 
-    A second signal acts as it would have without this. Outside the main thread, where Python
-    allows no handlers, nothing is collected.
+    A second signal acts as it would have without this, and one that is ignored, as Ctrl-C is by
+    what a script runs in the background, stays so. Outside the main thread, where Python allows
+    no handlers, nothing is collected.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: handler for signum, handler in before.items() if handler != signal.SIG_IGN}
 
     def note(signum, frame):
         received.append(signum)

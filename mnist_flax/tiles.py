@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Batches of fewer images are not split: such a batch is not shared, and its device has all cores,
-# for which the products of a block would be too small.
+# Batches of fewer images are not split: where one is not shared its device has all cores, for which
+# the products of a block would be too small.
 _LEAST_SPLIT = 16
 
 

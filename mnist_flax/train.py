@@ -10,8 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mnist_flax import (
@@ -86,7 +89,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         The contents of summary.json.
 
     Raises:
-        UserError: what was given cannot be run, or training diverged.
+        UserError: what was given cannot be run, or training diverged; another process trains in
+            the folder.
         signals.Stopped: SIGINT or SIGTERM arrived; what was trained is saved.
     """
     began = time.perf_counter()
@@ -99,19 +103,36 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         return summary
 
     mesh = parallel.mesh(config)
+    if jax.process_count() > 1:
+        raise UserError(
+            f"a run has one process, and here are {jax.process_count()}: for several write a loop "
+            "with mnist_flax.steps, epochs and loaders, which take any devices"
+        )
     data = parts.load_data(config, mesh)
     if config.batch_size > data.train.size:
         raise UserError(
             f"batch_size={config.batch_size} is more than the {data.train.size} examples "
             f"of {config.data.train_split}: use at most that many"
         )
-    image_shape = data.train.image_shape
     model = parts.create_model(config, data.num_classes)
     tx = parts.create_optimizer(config, data.train.size)
-    state = parts.initial_state(config, model, tx, image_shape, mesh)
-    parameters = state_lib.count_parameters(state.params) // config.num_seeds
+    state = parts.initial_state(config, model, tx, data.train.image_shape, mesh)
+    with rundir.held(run_dir, config):
+        return _train_and_score(config, run_dir, data, model, tx, state, mesh, began)
 
-    rundir.create(run_dir, config)
+
+def _train_and_score(
+    config: ConfigDict,
+    run_dir: Path,
+    data: parts.Data,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    began: float,
+) -> dict[str, Any]:
+    """`train_and_evaluate` from the initial state on, in a folder that is held."""
+    parameters = state_lib.count_parameters(state.params) // config.num_seeds
     report.header(config, parameters, data, run_dir, environment.device_name())
 
     # Choosing the best by images of the test set would make its score a lie.
@@ -119,7 +140,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         config.data.name, config.data.watch_split, config.data.test_split
     )
     constants = {
-        "image_shape": image_shape,
+        "image_shape": data.train.image_shape,
         "num_classes": data.num_classes,
         "config": config.to_dict(),
         "versions": environment.versions(),

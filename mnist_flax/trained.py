@@ -58,11 +58,15 @@ class Trained:
             UserError: images of another shape, dtype or range.
         """
         images = self._checked(np.asarray(images))
-        parts = [
+        batches = [
             self._predict_batch(images[start : start + _BATCH_SIZE])
             for start in range(0, len(images), _BATCH_SIZE)
         ]
-        return np.concatenate(parts) if parts else np.zeros((0, self.model.num_classes), np.float32)
+        return (
+            np.concatenate(batches)
+            if batches
+            else np.zeros((0, self.model.num_classes), np.float32)
+        )
 
     def evaluate(self, split: str | None = None) -> dict[str, Any]:
         """Scores a TFDS slice of the run's data set, without one its test split.
@@ -75,7 +79,7 @@ class Trained:
                 classes are not those of the network.
         """
         data = self.config.data
-        split = split or data.test_split
+        split = data.test_split if split is None else split
         mesh = parallel.single_mesh()
         loader = loaders.create(data.loader, data.name, split, data.manual_dir, mesh)
         given = (loader.image_shape, datasets.num_classes(data.name))

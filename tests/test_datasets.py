@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import io
@@ -234,6 +235,21 @@ def test_manual_files_missing_or_wrong_are_named(fresh, tmp_path):
     # The SHA-256 of nothing.
     assert "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855 found" in message
     assert list(fresh.iterdir()) == []
+
+
+def test_a_manual_folder_of_somebody_else_is_named(fresh, tmp_path, monkeypatch):
+    # Not chmod, as root may read everything.
+    def refused(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(preparation, "_check_gz_files", refused)
+    with pytest.raises(UserError, match=r"manual folder .* cannot be read \(Permission denied\)"):
+        datasets.load("mnist", "train", manual_dir=str(tmp_path))
+
+
+def test_a_manual_folder_of_an_unknown_user_is_named(fresh):
+    with pytest.raises(UserError, match="manual folder ~no-such-user/mnist does not exist"):
+        datasets.load("mnist", "train", manual_dir="~no-such-user/mnist")
 
 
 def test_a_truncated_manual_file_is_named(fresh, mnist_gz, tmp_path):

@@ -34,10 +34,27 @@ def test_a_folder_that_the_user_chose_is_taken(cache_folder, tmp_path):
     assert not cache_folder.exists()
 
 
+def test_nothing_is_kept_for_a_user_without_a_home(cache_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-that-name/cache")
+    monkeypatch.chdir(tmp_path)
+    environment.keep_compiled()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_kept_where_nothing_can_be_written(cache_folder):
     cache_folder.write_text("a file")
     environment.keep_compiled()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_container_has_its_share_of_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert environment.cores() == 8
+    for text, cores in [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)]:
+        (tmp_path / "cpu.max").write_text(f"{text}\n")
+        assert environment.cores() == cores
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):

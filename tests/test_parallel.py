@@ -55,6 +55,16 @@ def test_a_plugin_without_its_device_is_said(monkeypatch, recwarn):
         parallel.mesh(config_lib.default())
 
 
+def test_a_kind_of_device_that_is_not_there_is_said(monkeypatch):
+    def none(*args):
+        raise RuntimeError("Unknown backend: 'gpu' requested\nbut no platforms are present.")
+
+    monkeypatch.setattr(jax, "devices", none)
+    for asked in (lambda: parallel.mesh(config_lib.default()), parallel.single_mesh):
+        with pytest.raises(UserError, match=r"no device .*'gpu' requested\): unset JAX_PLATFORMS"):
+            asked()
+
+
 def test_more_devices_than_there_are_are_refused():
     config = config_lib.default()
     config.parallel = 5

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 
@@ -81,7 +83,62 @@ def test_names_that_the_system_refuses_are_said(tmp_path):
 
 def test_a_start_that_was_killed_can_be_repeated(tmp_path):
     (tmp_path / "config.json.tmp").write_text("{")
+    (tmp_path / ".lock").touch()
     rundir.check(tmp_path, config_lib.default())
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+    config = config_lib.default()
+    with rundir.held(tmp_path / "run", config):
+        with (
+            pytest.raises(UserError, match=r"another process is training in the run folder .*run"),
+            rundir.held(tmp_path / "run", config),
+        ):
+            pass
+        # The one that was refused has not let go of it.
+        with pytest.raises(UserError), rundir.held(tmp_path / "run", config):
+            pass
+    with rundir.held(tmp_path / "run", config):
+        pass
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_what_another_process_began_since_the_check_is_left_alone(tmp_path):
+    config = config_lib.default()
+    rundir.check(tmp_path, config)
+    rundir.create(tmp_path, config)
+    other = config_lib.default()
+    other.seed = 1
+    with (
+        pytest.raises(UserError, match="seed is 0 there and 1 now"),
+        rundir.held(tmp_path, other),
+    ):
+        pass
+    assert rundir.read_config(tmp_path).seed == 0
+
+
+def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch):
+    def refused(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with (
+        pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"),
+        rundir.held(tmp_path, config_lib.default()),
+    ):
+        pass
+
+
+def test_files_of_somebody_else_are_said(tmp_path, monkeypatch):
+    # Not chmod, as root may read everything.
+    def refused(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.stat", refused)
+    with pytest.raises(UserError, match=r"config.json cannot be read \(Permission denied\)"):
+        rundir.read_config(tmp_path)
+    with pytest.raises(UserError, match=r"summary.json cannot be read \(Permission denied\)"):
+        rundir.read_summary(tmp_path)
 
 
 def test_damaged_records_are_said(tmp_path):

@@ -181,6 +181,44 @@ def test_a_run_stopped_inside_an_epoch_ends_bitwise_the_same(tmp_path, monkeypat
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_run_goes_on_in_pieces_of_another_length(tmp_path, monkeypatch):
+    # As on another kind of device.
+    config = small_config(epochs=2, name="other pieces")
+    train.train_and_evaluate(config, tmp_path / "whole")
+
+    advance = report.advance
+
+    def interrupt(bar, position):
+        advance(bar, position)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(parts, "piece_length", lambda *_: 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "advance", interrupt)
+        with pytest.raises(signals.Stopped):
+            train.train_and_evaluate(config, tmp_path / "run")
+    assert trained.load(tmp_path / "run").step == 2
+    monkeypatch.setattr(parts, "piece_length", lambda *_: 3)
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_that_is_under_way_is_not_begun_again(whole_run, tmp_path):
+    with (
+        rundir.held(tmp_path / "run", small_config()),
+        pytest.raises(UserError, match="another process is training"),
+    ):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="a run has one process, and here are 2"):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resumed_run_with_other_devices_a_batch_says_so(whole_run, tmp_path, monkeypatch):
     shutil.copytree(whole_run[0], tmp_path / "run")
     (tmp_path / "run/summary.json").unlink()
@@ -418,6 +456,14 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
     config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
     assert parts.piece_length(config, 10 * steps - 3, most=10 * steps) == length
+
+
+@pytest.mark.parametrize(
+    ("steps", "seeds", "length"), [(300, 4, 3), (300, 100, 1), (10, 5, 10), (40, 30, 1)]
+)
+def test_pieces_are_shorter_where_seeds_take_turns(steps, seeds, length):
+    config = small_config(batch_size=10, num_seeds=seeds)
+    assert parts.piece_length(config, 10 * steps, most=10 * steps * seeds) == length
 
 
 @pytest.mark.parametrize(("steps", "length"), [(300, 300), (4999, 4999), (6750, 1125)])

@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -131,7 +133,20 @@ def test_predict_reads_what_a_viewer_shows(tmp_path):
         predict.read(tmp_path / "image.tiff", (28, 28, 1), invert=False)
 
 
-@pytest.mark.parametrize("content", [None, b"no image"])
+def broken_png():
+    """Its second piece of pixels has a name that is none."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512), np.uint8)
+    Image.fromarray(noise).save(file, "png")
+    start, *pieces = file.getvalue().split(b"IDAT")
+    return b"IDAT".join([start, pieces[0]]) + b"\0\0\0\0" + b"IDAT".join(pieces[1:])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"no image", broken_png()],
+    ids=["missing", "text", "damaged"],
+)
 def test_predict_refuses_what_is_no_image(tmp_path, content):
     path = tmp_path / "image.png"
     if content:

@@ -1,0 +1,28 @@
+import signal
+
+from mnist_flax import signals
+
+
+def test_a_signal_is_noted_and_the_next_acts_as_before():
+    acted = []
+    before = signal.signal(signal.SIGTERM, lambda *_: acted.append(True))
+    try:
+        with signals.noted() as received:
+            signal.raise_signal(signal.SIGTERM)
+            assert (received, acted) == ([signal.SIGTERM], [])
+            signal.raise_signal(signal.SIGTERM)
+            assert (received, acted) == ([signal.SIGTERM], [True])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    # As a script's shell has Ctrl-C ignored by what it runs in the background.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.noted() as received:
+            signal.raise_signal(signal.SIGINT)
+        assert not received
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
