@@ -181,15 +181,15 @@ def profile(network: str) -> dict:
             state, _ = jax.block_until_ready(epoch(state, images, labels, rows))
         (file,) = Path(folder).glob("**/*.xplane.pb")
         spent = operations(jax.profiler.ProfileData.from_file(str(file)), epoch.as_text())
-    parts = collections.Counter()
+    by_part = collections.Counter()
     for (_, op_name), microseconds in spent.items():
-        parts[part(op_name)] += microseconds / made
+        by_part[part(op_name)] += microseconds / made
     step = 1e6 * statistics.median(seconds)
     if not on_cpu:
         # Between one kernel and the next; on CPU threads overlap.
-        parts["idle"] = max(0, step - parts.total())
+        by_part["idle"] = max(0, step - by_part.total())
     largest = [[*names, microseconds / made] for names, microseconds in spent.most_common(5)]
-    return {"step": step, "parts": parts, "largest": largest}
+    return {"step": step, "parts": by_part, "largest": largest}
 
 
 def operations(data, program: str) -> collections.Counter:

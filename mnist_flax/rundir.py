@@ -138,14 +138,18 @@ def read_config(run_dir: Path) -> ConfigDict:
     """
     path = run_dir / "config.json"
     try:
-        if not path.is_file():
-            what = "is not a run folder (there is no config.json in it)"
-            raise UserError(
-                f"{run_dir} {what if run_dir.exists() else 'does not exist'}: "
-                "give the folder that a training run printed"
-            )
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        what = "is not a run folder (there is no config.json in it)"
+        raise UserError(
+            f"{run_dir} {what if run_dir.exists() else 'does not exist'}: "
+            "give the folder that a training run printed"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give another folder") from error
+    try:
         config = config_lib.default()
-        stored = json.loads(path.read_text())
+        stored = json.loads(text)
         with config.unlocked():
             config.update(stored)
         for key in config_lib.flatten(config):
@@ -153,8 +157,6 @@ def read_config(run_dir: Path) -> ConfigDict:
         if "model" not in stored:
             raise ValueError("it names no model")
         return config
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give another folder") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged, of another version or no run's ({error}): give another folder"

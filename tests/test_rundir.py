@@ -59,9 +59,11 @@ def test_where_the_data_lies_may_change(tmp_path):
     rundir.check(tmp_path, config)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"bach_size": 3}', '{"batch_size": "many"}'])
+@pytest.mark.parametrize(
+    "text", [b"{", b"{}", b"[]", b"\xff", b'{"bach_size": 3}', b'{"batch_size": "many"}']
+)
 def test_a_damaged_configuration_is_said(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(UserError, match="config.json is damaged, of another version or no run's"):
         rundir.read_config(tmp_path)
 
@@ -134,7 +136,8 @@ def test_files_of_somebody_else_are_said(tmp_path, monkeypatch):
     def refused(path, *args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("pathlib.Path.stat", refused)
+    monkeypatch.setattr("pathlib.Path.open", refused)
+    monkeypatch.setattr("pathlib.Path.exists", lambda _: True)
     with pytest.raises(UserError, match=r"config.json cannot be read \(Permission denied\)"):
         rundir.read_config(tmp_path)
     with pytest.raises(UserError, match=r"summary.json cannot be read \(Permission denied\)"):

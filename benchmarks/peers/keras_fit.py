@@ -13,7 +13,8 @@ STEPS_PER_EXECUTION = 100
 
 
 def network(spec: dict | None) -> keras.Model:
-    """The network as the tutorials write it, but that it ends in logits."""
+    """The network as the tutorials write it, but that it ends in logits and, with the same result,
+    pools before it concatenates."""
 
     def conv(features, kernel, padding="valid"):
         return layers.Conv2D(features, kernel, padding=padding, activation="relu")

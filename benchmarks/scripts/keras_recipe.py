@@ -1,8 +1,8 @@
 """A recipe in Keras: python -m benchmarks.scripts.keras_recipe RECIPE AT_ONCE SEED SUMMARY.json
 
-What the tutorials do: `fit` on arrays, shuffled each epoch, and the test images scored once, at
-the end. The data are those of the package. AT_ONCE is the number of such processes that share
-the machine.
+What the tutorials do: `fit` on arrays, shuffled each epoch; but the test images are scored once,
+at the end, where most tutorials score them after every epoch too. The data are those of the
+package. AT_ONCE is the number of such processes that share the machine.
 """
 
 import platform
