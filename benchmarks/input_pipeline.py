@@ -59,7 +59,7 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
     tx = parts.create_optimizer(config, size)
 
     def length(loader: loaders.Loader) -> int:
-        return parts.piece_length(config, size, loader.most)
+        return parts.piece_length(config, size, loader.most, mesh)
 
     def tfds() -> int:
         examples = datasets.open_slice(dataset, split)

@@ -114,7 +114,7 @@ def measure(
     # Waits for what would be compiled beside the training.
     programs.score_test(state_lib.variables(state))
 
-    length = parts.piece_length(config, examples, data.most)
+    length = programs.length
     rows = batches.train_batches(0, 0, examples, config.batch_size)
     rows = np.repeat(rows[:, None], num_seeds, axis=1)
     pieces = list(data.pieces(rows[: len(rows) // length * length], length))

@@ -51,7 +51,8 @@ def keep_compiled() -> None:
     cache folder cannot be written.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+        given = os.environ.get("XDG_CACHE_HOME", "")
+        cache = Path(given if os.path.isabs(given) else os.path.expanduser("~/.cache"))
         # The user has no home folder.
         if not cache.is_absolute():
             return

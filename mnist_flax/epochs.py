@@ -79,7 +79,7 @@ def compile_epoch(
 
     def run(carried: Any, piece: Piece) -> Any:
         # Where an epoch was begun in pieces of another length, as on another kind of device, what
-        # is left of it may end with one that is not compiled yet.
+        # is left of it may end with one that is not compiled yet; this time counts as training.
         return of_length(len(piece.rows))(carried, *piece)
 
     return run

@@ -73,8 +73,6 @@ Layers = Iterable[tuple[str, list[h5py.Dataset]]]
 
 
 def _content(config: str | None, named: str, layers: Layers):
-    if config is not None and len(config) > _MOST_CONFIG_BYTES:
-        raise ValueError(f"its configuration takes {len(config):,} bytes")
     arrays, described, total = {}, [], 0
     for name, datasets in layers:
         entries = []

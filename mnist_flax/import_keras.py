@@ -25,6 +25,7 @@ from mnist_flax import (
     keras_files,
     keras_layers,
     models,
+    parallel,
     parts,
     report,
     rundir,
@@ -84,6 +85,7 @@ def import_file(
         models.create(name)
     datasets.check_name(dataset)
     _check_folder(run_dir)
+    parallel.devices()
     content = keras_files.read(path)
     with keras_files.faults_said(path):
         name, model, image_shape = recognise(content, name)

@@ -172,12 +172,12 @@ def describe(config: Config) -> Described:
     node_names: list[str] = []
     result: dict[str, int] = {}
 
-    def linear(name: str, *others: str) -> bool:
+    def linear(name: str) -> bool:
         """Whether it is a Conv2D or Dense layer without an activation, and taken once."""
         wide = _kind(layers[name]) in ("Conv2D", "Dense")
         activation = layers[name]["config"].get("activation") or "linear"
         taken = sum(taken.count(name) for taken in inputs.values())
-        return wide and activation == "linear" and taken == 1 and not others
+        return wide and activation == "linear" and taken == 1
 
     def visit(name: str) -> int:
         """The position of the node that gives a layer's result."""
@@ -192,7 +192,7 @@ def describe(config: Config) -> Described:
             text = _text(kind, options)
             if taken == (-1,) and kind in ("InputLayer", "Reshape"):
                 result[name] = -1
-            elif text in _ACTIVATIONS and linear(*inputs[name]):
+            elif text in _ACTIVATIONS and [*map(linear, inputs[name])] == [True]:
                 (result[name],) = taken
                 before = nodes[taken[0]]
                 nodes[taken[0]] = Node(f"{before.text} {_ACTIVATIONS[text]}", before.inputs)

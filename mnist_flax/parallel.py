@@ -35,26 +35,26 @@ def mesh(config: ConfigDict) -> Mesh:
     """
     cores = environment.cores()
     _make_cores_devices(min(cores, math.prod(_shape(config, cores))))
-    devices = _devices()
-    on_cpu = devices[0].platform == "cpu"
+    found = devices()
+    on_cpu = found[0].platform == "cpu"
     if on_cpu and not _cpu_only():
         warnings.warn(
             "JAX has a plugin for GPU or TPU and could not use one: this runs on CPU; "
             "set JAX_PLATFORMS=cpu where that is meant",
             stacklevel=2,
         )
-    shape = _shape(config, min(cores, len(devices)) if on_cpu else 1)
-    if (count := math.prod(shape)) > len(devices):
+    shape = _shape(config, min(cores, len(found)) if on_cpu else 1)
+    if (count := math.prod(shape)) > len(found):
         raise UserError(
-            f"parallel={count} asks for more devices than there are: {len(devices)} "
+            f"parallel={count} asks for more devices than there are: {len(found)} "
             f"({environment.device_name()}); 0 takes what pays"
         )
-    return _mesh(devices[:count], shape)
+    return _mesh(found[:count], shape)
 
 
 def single_mesh() -> Mesh:
     """The first device alone."""
-    return _mesh(_devices()[:1], (1, 1))
+    return _mesh(devices()[:1], (1, 1))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -77,7 +77,12 @@ def own(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec((SEEDS, AXIS)))
 
 
-def _devices() -> list[jax.Device]:
+def devices() -> list[jax.Device]:
+    """JAX's devices.
+
+    Raises:
+        UserError: there is none of the kind that was asked for.
+    """
     try:
         return jax.devices()
     except RuntimeError as error:

@@ -42,8 +42,9 @@ class Data(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """What a run compiles, beside the initial state."""
+    """What a run compiles, beside the initial state; `length` is the steps of a piece."""
 
+    length: int
     train: Callable[[TrainState, Piece], tuple[TrainState, steps.Metrics]]
     score_watch: Callable[[Any], dict[str, Any]] | None
     score_test: Callable[[Any], dict[str, Any]]
@@ -127,19 +128,21 @@ def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
     return math.ceil(num_examples / config.batch_size)
 
 
-def piece_length(config: ConfigDict, num_examples: int, most: int) -> int:
+def piece_length(config: ConfigDict, num_examples: int, most: int, mesh: Mesh) -> int:
     """Steps that run as one program, between which the host may report, save or stop.
 
-    About a twentieth of an epoch, where that takes the device a while, and no more than bring
-    `most` examples where one step does not. A length that divides the epoch is preferred, since
+    About a twentieth of an epoch, where that takes the device a while, or less of it on CPU, where
+    the seeds of a device take turns; and no more than bring `most` examples where one step does
+    not. A length that divides the epoch is preferred, since
     the remainder would be a second program to compile; one that divides `checkpoint.every_steps`
     is taken in any case.
     """
     steps, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
-    # On GPU and TPU a step is too short to come back to the host every few; on CPU seeds take
-    # turns.
-    least, turns = (10, config.num_seeds) if _on_cpu() else (1000, 1)
-    length = max(1, least // turns, steps // (20 * turns))
+    turns = config.num_seeds // mesh.shape[parallel.SEEDS] if _on_cpu() else 1
+    # On GPU and TPU a step is too short to come back to the host every few.
+    least = 10 if _on_cpu() else 1000
+    # Not 1, of which XLA makes no loop.
+    length = max(2, least // turns, steps // (20 * turns))
     if steps * turns <= 5 * least:
         length = steps
     cap = max(1, most // (config.batch_size * config.num_seeds))
@@ -168,6 +171,7 @@ def compile_programs(
     waited for when they are first called.
     """
     size = data.train.size
+    length = piece_length(config, size, data.train.most, mesh)
     train = epochs.compile_epoch(
         partial(steps.train_epoch, model=model, tx=tx),
         mesh,
@@ -175,7 +179,7 @@ def compile_programs(
         data.train,
         config.batch_size,
         steps=steps_per_epoch(config, size),
-        length=piece_length(config, size, data.train.most),
+        length=length,
         seeds=config.num_seeds,
         donate=True,
     )
@@ -194,4 +198,4 @@ def compile_programs(
     if data.watch is not None:
         score_watch = score_test if data.watch is data.test else scorer(data.watch)
     pool.shutdown(wait=False)
-    return Programs(train, score_watch, score_test)
+    return Programs(length, train, score_watch, score_test)

@@ -48,7 +48,9 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"the run folder {run_dir} is a file: name another with --workdir")
     existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    # A finished run is only shown.
+    if not writable and not (run_dir / "summary.json").exists():
         raise UserError(
             f"the run folder {run_dir} cannot be written, as {existing} is not a writable "
             "folder: name another with --workdir"
@@ -84,10 +86,9 @@ def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
         UserError: another process trains there, or left something since `check`; the folder cannot
             be written.
     """
-    path = run_dir / _LOCK
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
+        lock = (run_dir / _LOCK).open("w")
     except OSError as error:
         raise _not_writable(run_dir, error) from None
     # The system unlocks what is closed, also when the process is killed.
@@ -105,12 +106,10 @@ def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
                 "run in it while this one trains",
                 stacklevel=3,
             )
-        try:
-            check(run_dir, config)
-            create(run_dir, config)
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        # The file stays: one that was unlinked could be locked twice.
+        check(run_dir, config)
+        create(run_dir, config)
+        yield
 
 
 def create(run_dir: Path, config: ConfigDict) -> None:
@@ -187,13 +186,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def start_metrics(run_dir: Path, step: int) -> None:
     """Leaves in metrics.jsonl what was written up to `step`, where a resumed run goes on."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    # Only a line that ends was written whole.
-    whole = [line for line in lines if line.endswith("\n")]
     try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # Only a line that ends was written whole.
+        whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): mend or delete that line") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     _replace(path, "".join(kept))
 
 

@@ -97,9 +97,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     run_dir = Path(workdir)
     config_lib.validate(config)
     rundir.check(run_dir, config)
-    if summary := rundir.read_summary(run_dir):
-        report.finished_before(run_dir)
-        report.result(summary, run_dir)
+    if summary := _finished(run_dir):
         return summary
 
     mesh = parallel.mesh(config)
@@ -118,7 +116,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     tx = parts.create_optimizer(config, data.train.size)
     state = parts.initial_state(config, model, tx, data.train.image_shape, mesh)
     with rundir.held(run_dir, config):
-        return _train_and_score(config, run_dir, data, model, tx, state, mesh, began)
+        # Another process may have finished it meanwhile.
+        return _finished(run_dir) or _train_and_score(
+            config, run_dir, data, model, tx, state, mesh, began
+        )
+
+
+def _finished(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, shown to the user."""
+    if summary := rundir.read_summary(run_dir):
+        report.finished_before(run_dir)
+        report.result(summary, run_dir)
+    return summary
 
 
 def _train_and_score(
@@ -221,13 +230,12 @@ def _train_pieces(
         ],
         axis=1,
     )
-    length = parts.piece_length(config, num_examples, data.train.most)
     every = config.checkpoint.every_steps
     done = state_lib.updates(state) - position.epoch * len(rows)
     stop = done - done % every + every if every else len(rows)
 
     def pieces() -> Iterator[Piece]:
-        for piece in data.train.pieces(rows[done:stop], length):
+        for piece in data.train.pieces(rows[done:stop], programs.length):
             yield piece
             if received:
                 return

@@ -132,10 +132,13 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
         seed: which network of a run with several seeds; not needed where there is one.
 
     Raises:
-        UserError: the folder is no run, has no checkpoint that can be read or no such seed.
+        UserError: the folder is no run, has no checkpoint that can be read or no such seed; JAX
+            has no device.
     """
     run_dir = Path(workdir)
     config = rundir.read_config(run_dir)
+    # Refuses, where Orbax would not.
+    parallel.devices()
     seeds = config_lib.seeds(config)
     if seed is None and len(seeds) > 1:
         raise UserError(

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import jax
@@ -34,12 +35,20 @@ def test_a_folder_that_the_user_chose_is_taken(cache_folder, tmp_path):
     assert not cache_folder.exists()
 
 
-def test_nothing_is_kept_for_a_user_without_a_home(cache_folder, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-that-name/cache")
+def test_without_a_cache_folder_it_is_that_of_the_home_if_there_is_one(
+    cache_folder, monkeypatch, tmp_path
+):
+    # A relative one does not count.
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "expanduser", lambda path: path)
+        environment.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir is None
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     environment.keep_compiled()
-    assert jax.config.jax_compilation_cache_dir is None
-    assert not list(tmp_path.iterdir())
+    assert jax.config.jax_compilation_cache_dir.startswith(f"{tmp_path}/home/.cache/mnist_flax/")
 
 
 def test_nothing_is_kept_where_nothing_can_be_written(cache_folder):

@@ -156,9 +156,8 @@ def test_keras_2_calls_the_layers_otherwise(place, separator, tmp_path):
     with h5py.File(path, "a") as file:
         file.move("layers", "before")
         for name in file["before"]:
-            kind, number = re.fullmatch(r"(.+?)_?(\d*)", name.replace("2d", "2D")).groups()
-            kind, number = kind.replace("2D", "2d"), step * int(number or 0)
-            called = f"{kind}_{number}" if number else kind
+            kind, number = re.fullmatch(r"(.+?)(?:_(\d+))?", name).groups()
+            called = f"{kind}_{step * int(number)}" if number else kind
             file.copy(f"before/{name}", f"{place}{separator}{called}")
         del file["before"]
     content = keras_files.read(path)
@@ -460,6 +459,17 @@ def test_an_activation_may_be_a_layer_of_its_own(kind, options, tmp_path):
 def test_another_activation_of_its_own_is_named(kind, options, found, tmp_path):
     with pytest.raises(UserError, match=found):
         taken(changed_config(tmp_path, activation_apart(kind, options)))
+
+
+def test_an_activation_before_all_is_named():
+    first = {"name": "first", "activation": "relu", "batch_input_shape": [None, 28, 28, 1]}
+    layers = [
+        {"class_name": "Activation", "config": first},
+        {"class_name": "Flatten", "config": {"name": "flat"}},
+    ]
+    config = {"class_name": "Sequential", "config": {"name": "s", "layers": layers}}
+    found = keras_layers.describe(config).nodes
+    assert [node.text for node in found] == ["Activation relu", "Flatten"]
 
 
 @pytest.mark.usefixtures("read_here")

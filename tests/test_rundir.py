@@ -31,6 +31,15 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
         rundir.check(tmp_path / "run", config_lib.default())
 
 
+def test_a_finished_run_of_somebody_else_is_good_to_look_at(tmp_path, monkeypatch):
+    rundir.create(tmp_path, config_lib.default())
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="is not a writable folder"):
+        rundir.check(tmp_path, config_lib.default())
+    rundir.write_summary(tmp_path, {})
+    rundir.check(tmp_path, config_lib.default())
+
+
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="holds something other than a run"):
@@ -87,6 +96,8 @@ def test_a_start_that_was_killed_can_be_repeated(tmp_path):
     (tmp_path / "config.json.tmp").write_text("{")
     (tmp_path / ".lock").touch()
     rundir.check(tmp_path, config_lib.default())
+    with rundir.held(tmp_path, config_lib.default()):
+        pass
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
@@ -102,7 +113,7 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
             pass
     with rundir.held(tmp_path / "run", config):
         pass
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", ".lock"}
 
 
 def test_what_another_process_began_since_the_check_is_left_alone(tmp_path):
@@ -142,15 +153,18 @@ def test_files_of_somebody_else_are_said(tmp_path, monkeypatch):
         rundir.read_config(tmp_path)
     with pytest.raises(UserError, match=r"summary.json cannot be read \(Permission denied\)"):
         rundir.read_summary(tmp_path)
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read \(Permission denied\)"):
+        rundir.start_metrics(tmp_path, 5)
 
 
 def test_damaged_records_are_said(tmp_path):
     (tmp_path / "summary.json").write_text('{"test_')
     with pytest.raises(UserError, match=r"summary.json is damaged .* delete it to score"):
         rundir.read_summary(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n')
-    with pytest.raises(UserError, match="metrics.jsonl is damaged"):
-        rundir.start_metrics(tmp_path, 5)
+    for damaged in (b'{"step": 1}\n{"ste\n', b"\xff\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(damaged)
+        with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+            rundir.start_metrics(tmp_path, 5)
 
 
 def test_what_is_no_run_is_said(tmp_path):

@@ -71,6 +71,7 @@ def test_a_run_leaves_what_the_contract_says(whole_run):
         "metrics.jsonl",
         "summary.json",
         "checkpoints",
+        ".lock",
     }
     assert json.loads((run_dir / "summary.json").read_text()) == summary
     facts = {
@@ -194,14 +195,19 @@ def test_a_run_goes_on_in_pieces_of_another_length(tmp_path, monkeypatch):
         if position.count == 32:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    # Not 1: a loop of one step is none, and may round otherwise.
-    monkeypatch.setattr(parts, "piece_length", lambda *_: 2)
+    compile_programs = parts.compile_programs
+
+    def in_pieces_of(length):
+        return lambda *args: compile_programs(*args)._replace(length=length)
+
+    # Not of 1: a loop of one step is none, and may round otherwise.
+    monkeypatch.setattr(parts, "compile_programs", in_pieces_of(2))
     with monkeypatch.context() as patch:
         patch.setattr(report, "advance", interrupt)
         with pytest.raises(signals.Stopped):
             train.train_and_evaluate(config, tmp_path / "run")
     assert trained.load(tmp_path / "run").step == 4
-    monkeypatch.setattr(parts, "piece_length", lambda *_: 4)
+    monkeypatch.setattr(parts, "compile_programs", in_pieces_of(4))
     summary = train.train_and_evaluate(config, tmp_path / "run")
     assert summary["test_loss"] == whole["test_loss"]
     both = [trained.load(tmp_path / name).variables for name in ("run", "whole")]
@@ -460,21 +466,28 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 )
 def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
     config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
-    assert parts.piece_length(config, 10 * steps - 3, most=10 * steps) == length
+    assert parts.piece_length(config, 10 * steps - 3, 10 * steps, parallel.single_mesh()) == length
 
 
 @pytest.mark.parametrize(
-    ("steps", "seeds", "length"), [(300, 4, 3), (300, 100, 1), (10, 5, 10), (40, 30, 1)]
+    ("steps", "seeds", "length"), [(300, 4, 3), (300, 100, 2), (10, 5, 10), (40, 30, 2)]
 )
 def test_pieces_are_shorter_where_seeds_take_turns(steps, seeds, length):
     config = small_config(batch_size=10, num_seeds=seeds)
-    assert parts.piece_length(config, 10 * steps, most=10 * steps * seeds) == length
+    assert (
+        parts.piece_length(config, 10 * steps, 10 * steps * seeds, parallel.single_mesh()) == length
+    )
 
 
 @pytest.mark.parametrize(("steps", "length"), [(300, 300), (4999, 4999), (6750, 1125)])
 def test_a_gpu_gets_an_epoch_as_one_program_where_it_is_short(steps, length, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert parts.piece_length(small_config(batch_size=10), 10 * steps, 10 * steps) == length
+    assert (
+        parts.piece_length(
+            small_config(batch_size=10), 10 * steps, 10 * steps, parallel.single_mesh()
+        )
+        == length
+    )
 
 
 @pytest.mark.parametrize(
@@ -482,7 +495,7 @@ def test_a_gpu_gets_an_epoch_as_one_program_where_it_is_short(steps, length, mon
 )
 def test_pieces_bring_no_more_than_may_be_brought(every, most, length):
     config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
-    assert parts.piece_length(config, 3000, most) == length
+    assert parts.piece_length(config, 3000, most, parallel.single_mesh()) == length
 
 
 def test_training_imports_what_it_uses(prepared, tmp_path):

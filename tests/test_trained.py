@@ -1,5 +1,6 @@
 import io
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -153,6 +154,15 @@ def test_predict_refuses_what_is_no_image(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match="image.png cannot be read as an image"):
         predict.read(path, (28, 28, 1), invert=False)
+
+
+def test_without_a_device_a_run_is_not_loaded(run_dir, monkeypatch):
+    def none(*args):
+        raise RuntimeError("Unknown backend cuda")
+
+    monkeypatch.setattr(jax, "devices", none)
+    with pytest.raises(UserError, match=r"no device to compute on \(Unknown backend cuda\)"):
+        trained.load(run_dir)
 
 
 def test_a_folder_that_is_no_run_is_said(tmp_path):

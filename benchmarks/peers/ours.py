@@ -24,7 +24,7 @@ def create(job: Job, data: Data, variant: str) -> Peer:
     parameters = state.count_parameters(current.params)
     programs = parts.compile_programs(config, model, tx, current, splits, mesh)
 
-    length = parts.piece_length(config, arrays.size, arrays.most)
+    length = programs.length
     # Without the remainder, which has fewer steps.
     rows = data.rows[: len(data.rows) // length * length, None]
     pieces = list(arrays.pieces(rows, length))
