@@ -2,8 +2,8 @@
 
 `digits` is embedded, `mnist`, `fashion_mnist` and `kmnist` are prepared without TensorFlow, and
 any other TFDS image classification set is read where it is prepared, or prepared if TFDS needs no
-TensorFlow for it. Data lies in the folder
-that TFDS uses: TFDS_DATA_DIR, or else ~/tensorflow_datasets.
+TensorFlow for it. Data lies in the folder that TFDS uses: TFDS_DATA_DIR, or else
+~/tensorflow_datasets.
 """
 
 import hashlib

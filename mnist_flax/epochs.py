@@ -68,6 +68,7 @@ def compile_epoch(
         out_shardings=NamedSharding(mesh, state),
         donate_argnums=0 if donate else (),
     )
+    # Abstract, so that `run` does not keep what it was compiled for.
     carried = jax.eval_shape(lambda carried: carried, carried)
 
     @cache

@@ -85,6 +85,7 @@ def import_file(
         models.create(name)
     datasets.check_name(dataset)
     _check_folder(run_dir)
+    # Refuses, where JAX would not in a sentence.
     parallel.devices()
     content = keras_files.read(path)
     with keras_files.faults_said(path):
@@ -113,7 +114,7 @@ def import_file(
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        rundir.create(temporary, config)
+        rundir.write_config(temporary, config)
         with checkpoint.open_manager(rundir.checkpoints(temporary)) as manager:
             checkpoint.save(manager, state, record)
         os.replace(temporary, run_dir)

@@ -174,10 +174,10 @@ def describe(config: Config) -> Described:
 
     def linear(name: str) -> bool:
         """Whether it is a Conv2D or Dense layer without an activation, and taken once."""
-        wide = _kind(layers[name]) in ("Conv2D", "Dense")
         activation = layers[name]["config"].get("activation") or "linear"
-        taken = sum(taken.count(name) for taken in inputs.values())
-        return wide and activation == "linear" and taken == 1
+        uses = sum(taken.count(name) for taken in inputs.values())
+        plain = _kind(layers[name]) in ("Conv2D", "Dense") and activation == "linear"
+        return plain and uses == 1
 
     def visit(name: str) -> int:
         """The position of the node that gives a layer's result."""
@@ -192,10 +192,11 @@ def describe(config: Config) -> Described:
             text = _text(kind, options)
             if taken == (-1,) and kind in ("InputLayer", "Reshape"):
                 result[name] = -1
-            elif text in _ACTIVATIONS and [*map(linear, inputs[name])] == [True]:
-                (result[name],) = taken
-                before = nodes[taken[0]]
-                nodes[taken[0]] = Node(f"{before.text} {_ACTIVATIONS[text]}", before.inputs)
+            elif text in _ACTIVATIONS and len(inputs[name]) == 1 and linear(inputs[name][0]):
+                (position,) = taken
+                before = nodes[position]
+                nodes[position] = Node(f"{before.text} {_ACTIVATIONS[text]}", before.inputs)
+                result[name] = position
             else:
                 nodes.append(Node(text, taken))
                 node_names.append(name)

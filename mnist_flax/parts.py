@@ -133,9 +133,8 @@ def piece_length(config: ConfigDict, num_examples: int, most: int, mesh: Mesh) -
 
     About a twentieth of an epoch, where that takes the device a while, or less of it on CPU, where
     the seeds of a device take turns; and no more than bring `most` examples where one step does
-    not. A length that divides the epoch is preferred, since
-    the remainder would be a second program to compile; one that divides `checkpoint.every_steps`
-    is taken in any case.
+    not. A length that divides the epoch is preferred, since the remainder would be a second program
+    to compile; one that divides `checkpoint.every_steps` is taken in any case.
     """
     steps, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
     turns = config.num_seeds // mesh.shape[parallel.SEEDS] if _on_cpu() else 1

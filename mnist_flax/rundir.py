@@ -108,18 +108,17 @@ def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
             )
         # The file stays: one that was unlinked could be locked twice.
         check(run_dir, config)
-        create(run_dir, config)
+        write_config(run_dir, config)
         yield
 
 
-def create(run_dir: Path, config: ConfigDict) -> None:
-    """Makes the folder and writes its configuration.
+def write_config(run_dir: Path, config: ConfigDict) -> None:
+    """Writes config.json.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "config.json", config.to_dict())
     except OSError as error:
         raise _not_writable(run_dir, error) from None

@@ -58,15 +58,11 @@ class Trained:
             UserError: images of another shape, dtype or range.
         """
         images = self._checked(np.asarray(images))
-        batches = [
+        rows = [
             self._predict_batch(images[start : start + _BATCH_SIZE])
             for start in range(0, len(images), _BATCH_SIZE)
         ]
-        return (
-            np.concatenate(batches)
-            if batches
-            else np.zeros((0, self.model.num_classes), np.float32)
-        )
+        return np.concatenate(rows) if rows else np.zeros((0, self.model.num_classes), np.float32)
 
     def evaluate(self, split: str | None = None) -> dict[str, Any]:
         """Scores a TFDS slice of the run's data set, without one its test split.
@@ -137,7 +133,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     """
     run_dir = Path(workdir)
     config = rundir.read_config(run_dir)
-    # Refuses, where Orbax would not.
+    # Refuses, where Orbax would not in a sentence.
     parallel.devices()
     seeds = config_lib.seeds(config)
     if seed is None and len(seeds) > 1:

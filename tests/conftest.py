@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from mnist_flax import datasets, parts
 # Several devices, for `jax.pmap`; everything else must cope with their presence.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+# What a script runs in the background has Ctrl-C ignored, and so have its own processes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Keras's backend without TensorFlow.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 

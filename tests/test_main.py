@@ -167,13 +167,7 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(data_dir, tmp_path, signum
     workdir = [f"--workdir={run_dir}"] if signum == signal.SIGINT else ["--workdir", run_dir]
     args = (LARGER, "--config.epochs=500", *map(str, workdir))
     process = subprocess.Popen(
-        command(*args),
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # What runs in the background of a script inherits that Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        command(*args), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in process.stdout:
         if line.startswith("epoch   2"):

@@ -32,7 +32,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_of_somebody_else_is_good_to_look_at(tmp_path, monkeypatch):
-    rundir.create(tmp_path, config_lib.default())
+    rundir.write_config(tmp_path, config_lib.default())
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match="is not a writable folder"):
         rundir.check(tmp_path, config_lib.default())
@@ -49,7 +49,7 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
 
 def test_a_run_of_another_configuration_is_refused_with_the_differing_keys(tmp_path):
     config = config_lib.default()
-    rundir.create(tmp_path, config)
+    rundir.write_config(tmp_path, config)
     rundir.check(tmp_path, config)
     config.batch_size = 32
     config.data.train_split = "train[5000:]"
@@ -63,7 +63,7 @@ def test_a_run_of_another_configuration_is_refused_with_the_differing_keys(tmp_p
 
 def test_where_the_data_lies_may_change(tmp_path):
     config = config_lib.default()
-    rundir.create(tmp_path, config)
+    rundir.write_config(tmp_path, config)
     config.data.manual_dir = "elsewhere"
     rundir.check(tmp_path, config)
 
@@ -119,7 +119,7 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
 def test_what_another_process_began_since_the_check_is_left_alone(tmp_path):
     config = config_lib.default()
     rundir.check(tmp_path, config)
-    rundir.create(tmp_path, config)
+    rundir.write_config(tmp_path, config)
     other = config_lib.default()
     other.seed = 1
     with (

@@ -459,6 +459,10 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def piece_length(config, num_examples, most):
+    return parts.piece_length(config, num_examples, most, parallel.single_mesh())
+
+
 @pytest.mark.parametrize(
     ("steps", "every", "length"),
     [(47, 0, 47), (300, 0, 15), (938, 0, 67), (110, 0, 10), (6750, 0, 375), (1009, 0, 50)]
@@ -466,7 +470,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 )
 def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
     config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
-    assert parts.piece_length(config, 10 * steps - 3, 10 * steps, parallel.single_mesh()) == length
+    assert piece_length(config, 10 * steps - 3, 10 * steps) == length
 
 
 @pytest.mark.parametrize(
@@ -474,20 +478,13 @@ def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
 )
 def test_pieces_are_shorter_where_seeds_take_turns(steps, seeds, length):
     config = small_config(batch_size=10, num_seeds=seeds)
-    assert (
-        parts.piece_length(config, 10 * steps, 10 * steps * seeds, parallel.single_mesh()) == length
-    )
+    assert piece_length(config, 10 * steps, 10 * steps * seeds) == length
 
 
 @pytest.mark.parametrize(("steps", "length"), [(300, 300), (4999, 4999), (6750, 1125)])
 def test_a_gpu_gets_an_epoch_as_one_program_where_it_is_short(steps, length, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert (
-        parts.piece_length(
-            small_config(batch_size=10), 10 * steps, 10 * steps, parallel.single_mesh()
-        )
-        == length
-    )
+    assert piece_length(small_config(batch_size=10), 10 * steps, 10 * steps) == length
 
 
 @pytest.mark.parametrize(
@@ -495,7 +492,7 @@ def test_a_gpu_gets_an_epoch_as_one_program_where_it_is_short(steps, length, mon
 )
 def test_pieces_bring_no_more_than_may_be_brought(every, most, length):
     config = small_config(batch_size=10, **{"checkpoint.every_steps": every})
-    assert parts.piece_length(config, 3000, most, parallel.single_mesh()) == length
+    assert piece_length(config, 3000, most) == length
 
 
 def test_training_imports_what_it_uses(prepared, tmp_path):

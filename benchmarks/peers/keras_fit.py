@@ -13,8 +13,10 @@ STEPS_PER_EXECUTION = 100
 
 
 def network(spec: dict | None) -> keras.Model:
-    """The network as the tutorials write it, but that it ends in logits and, with the same result,
-    pools before it concatenates."""
+    """The network as the tutorials write it, but that it ends in logits.
+
+    `branched` pools before it concatenates, with the same result.
+    """
 
     def conv(features, kernel, padding="valid"):
         return layers.Conv2D(features, kernel, padding=padding, activation="relu")
