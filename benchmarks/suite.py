@@ -74,8 +74,7 @@ def check_installed(*needs: tuple[str, str]) -> None:
     for what, package in needs:
         if version_of(package) is None:
             raise UserError(
-                f"{what} needs {package}, which is not installed: run `pip install '.[bench]'`, "
-                "or measure without it (see --help)"
+                f"{what} needs {package}, which is not installed: run `pip install '.[bench]'`"
             )
 
 

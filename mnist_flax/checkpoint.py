@@ -4,6 +4,7 @@ A checkpoint holds the train state and a JSON record: where the run stood, its c
 the versions that wrote it. The two latest are kept, and the best where a metric is given.
 """
 
+import logging
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mnist_flax.errors import UserError
@@ -23,7 +23,9 @@ from mnist_flax.state import TrainState, updates
 _METRIC = "watch_accuracy"
 
 # Orbax warns of what is meant here: a checkpoint without metrics, a folder opened to read.
-absl_logging.set_verbosity(absl_logging.ERROR)
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno >= logging.ERROR or "orbax" not in record.pathname
+)
 
 
 @contextmanager
@@ -57,8 +59,8 @@ def save(
 ) -> None:
     """Starts saving the state under its step; the state may be donated once this returns.
 
-    Checkpoints of this step and later ones can only be damaged, passed over by `restore`: they
-    go, as they would count as the latest.
+    Checkpoints of this step and later ones can only be damaged ones that `restore` passed over.
+    They are deleted, as the manager would take them for the latest.
     """
     step = updates(state)
     for passed_over in manager.all_steps():

@@ -13,7 +13,6 @@ import os
 import uuid
 import warnings
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,49 +23,14 @@ from mnist_flax.errors import UserError
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
+    from mnist_flax import decoding
+
 
 class Arrays(NamedTuple):
     """Examples in memory."""
 
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int32 [N]
-
-
-class Examples(Sequence):
-    """Examples on disk, (image uint8 [H, W, C], label), decoded each time one is asked for.
-
-    Attributes:
-        image_shape: (H, W, C) of the first; another in a later one is an error then.
-    """
-
-    def __init__(self, sources: list[Sequence], image_key: str, label_key: str):
-        self._sources, self._keys = sources, (image_key, label_key)
-        self._starts = np.cumsum([0, *map(len, sources)])
-        self.image_shape = self._read(0)[0].shape
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        image, label = self._read(index)
-        if image.shape != self.image_shape:
-            raise UserError(
-                f"the images differ in size ({self.image_shape} and {image.shape}): take a data "
-                "set of images of one size"
-            )
-        if label < 0:
-            raise UserError("an example has no label: take another split")
-        return image, label
-
-    def _read(self, index: int) -> tuple[np.ndarray, int]:
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        try:
-            example = self._sources[part][int(index - self._starts[part])]
-        except Exception as error:
-            raise UserError(
-                f"an example cannot be read ({error}): delete the data set to prepare it anew"
-            ) from error
-        return tuple(example[key] for key in self._keys)
 
 
 def check_name(name: str) -> None:
@@ -146,8 +110,8 @@ def load(name: str, split: str, manual_dir: str = "") -> Arrays:
     return Arrays(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def open_slice(name: str, split: str, manual_dir: str = "") -> Examples:
-    """As `load`, but an example is read and decoded only when it is asked for.
+def open_slice(name: str, split: str, manual_dir: str = "") -> "decoding.Examples":
+    """As `load`, but examples are read and decoded only when they are asked for.
 
     Raises:
       UserError: as `load`; also a data set that TFDS cannot read at random.
@@ -155,7 +119,7 @@ def open_slice(name: str, split: str, manual_dir: str = "") -> Examples:
     from mnist_flax import builders, decoding
 
     builder = _prepared(name, split, manual_dir)
-    return Examples(*decoding.sources(builder, builders.resolve(builder, split)))
+    return decoding.examples(builder, builders.resolve(builder, split))
 
 
 def image_bytes(name: str, split: str, manual_dir: str = "") -> tuple[int, int]:

@@ -66,7 +66,8 @@ def keep_compiled() -> None:
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX's own second would leave out the programs that initialise and score.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _instruction_sets() -> bytes:

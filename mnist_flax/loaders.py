@@ -8,9 +8,9 @@ same.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mnist_flax import datasets, environment, parallel
-from mnist_flax.datasets import Arrays, Examples
+from mnist_flax.datasets import Arrays
 from mnist_flax.errors import UserError
+
+if TYPE_CHECKING:
+    from mnist_flax.decoding import Examples
 
 NAMES = ("resident", "stream")
 _STREAMED_BYTES = 64 * 2**20
@@ -70,7 +73,7 @@ class Streamed:
 
     shared = False
 
-    def __init__(self, examples: Examples, mesh: Mesh):
+    def __init__(self, examples: "Examples", mesh: Mesh):
         self._examples, self._mesh = examples, mesh
         self.size, self.image_shape = len(examples), examples.image_shape
         self.most = max(1, _STREAMED_BYTES // int(np.prod(self.image_shape)))
@@ -81,20 +84,17 @@ class Streamed:
         import grain
 
         mesh, parts = self._mesh, _parts(rows, length, self._mesh)
-        shares = [
-            part[index].ravel()
+        needed = [
+            np.concatenate([part[i].ravel() for i in _shares(part.shape, mesh, mesh.local_devices)])
             for part in parts
-            for index in _shares(part.shape, mesh, mesh.local_devices)
         ]
-        pipeline = (
-            grain.MapDataset.source(_Chosen(self._examples, np.concatenate(shares)))
-            .to_iter_dataset()
-            .batch(len(mesh.local_devices) * shares[0].size, batch_fn=_stack)
+        # One thread reads, as decoding holds Python's lock, and another sends.
+        pipeline = grain.MapDataset.source(needed).to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         )
-        prefetch = grain.experimental.ThreadPrefetchIterDataset
-        pipeline = prefetch(pipeline, prefetch_buffer_size=1)
-        send = partial(_send, sharding=parallel.own(mesh))
-        pipeline = prefetch(pipeline.map(send), prefetch_buffer_size=1)
+        prefetch = partial(grain.experimental.ThreadPrefetchIterDataset, prefetch_buffer_size=1)
+        pipeline = prefetch(pipeline.map(self._read))
+        pipeline = prefetch(pipeline.map(partial(_send, sharding=parallel.own(mesh))))
         for part, (images, labels) in zip(parts, pipeline, strict=True):
             positions = np.empty_like(part)
             for index in _shares(part.shape, mesh, mesh.devices.flat):
@@ -102,6 +102,10 @@ class Streamed:
                 places = np.arange(share.size).reshape(share.shape)
                 positions[index] = np.where(share < 0, -1, places)
             yield Piece(images, labels, _on_devices(positions, mesh))
+
+    def _read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Padding is any example, as it is masked.
+        return self._examples.read(np.maximum(indices, 0))
 
     def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
         rows = _abstract_rows(steps, seeds, batch_size, self._mesh)
@@ -179,21 +183,3 @@ def _send(arrays: tuple[np.ndarray, ...], sharding: NamedSharding) -> tuple[jax.
 
 def _on_devices(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(rows.shape, parallel.split(mesh), rows.__getitem__)
-
-
-class _Chosen(Sequence):
-    """Examples in the order of `indices`; -1 gives any, as it is masked."""
-
-    def __init__(self, examples: Examples, indices: np.ndarray):
-        self._examples, self._indices = examples, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self._examples[max(0, self._indices[index])]
-
-
-def _stack(examples: Sequence[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = zip(*examples, strict=True)
-    return np.stack(images), np.array(labels, np.int32)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mnist_flax import config as config_lib
@@ -84,6 +84,29 @@ def create_optimizer(config: ConfigDict, num_examples: int) -> optax.GradientTra
     return optim.create(config.optimizer, schedule)
 
 
+def abstract_state(
+    config: ConfigDict,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    mesh: Mesh,
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state; with several seeds it has a leading axis of them.
+
+    Raises:
+        UserError: so many seeds take more memory than is free, or the images are too small for the
+            network.
+    """
+    create, sharding = _creation(config, model, tx, image_shape, mesh)
+    shape = (config.num_seeds,) if config.num_seeds > 1 else ()
+    state = jax.eval_shape(create, jax.ShapeDtypeStruct(shape, np.uint32))
+    if config.num_seeds > 1:
+        _check_memory(config.num_seeds, state, mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
+    )
+
+
 def initial_state(
     config: ConfigDict,
     model: nn.Module,
@@ -93,29 +116,41 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step, determined by `config.seed`, on every device.
 
-    With several seeds it has a leading axis of seeds, dealt out to the devices.
-
-    Raises:
-        UserError: so many seeds take more memory than is free.
+    With several seeds they are dealt out to the devices.
     """
-    create = partial(state_lib.create, model=model, tx=tx, image_shape=image_shape)
-    seeds, sharding = np.uint32(config.seed), parallel.replicated(mesh)
-    if config.num_seeds > 1:
-        create, sharding = jax.vmap(create), parallel.dealt_out(mesh)
-        abstract = jax.ShapeDtypeStruct((config.num_seeds,), np.uint32)
-        _check_memory(config.num_seeds, jax.eval_shape(create, abstract), mesh)
-        seeds = np.array(config_lib.seeds(config), np.uint32)
+    create, sharding = _creation(config, model, tx, image_shape, mesh)
+    seeds = np.array(config_lib.seeds(config), np.uint32)
+    if config.num_seeds == 1:
+        (seeds,) = seeds
     # Jitted, as Linen's initialisation run op by op compiles a program for each op; and barely
     # optimised on CPU, as it runs once: compiling it well takes two seconds longer.
     options = {"xla_backend_optimization_level": 0} if _on_cpu() else None
     return jax.jit(create, out_shardings=sharding, compiler_options=options)(seeds)
 
 
-def _check_memory(num_seeds: int, states: TrainState, mesh: Mesh) -> None:
-    """Raises UserError if the states of so many seeds take more memory than is free."""
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
+def _creation(
+    config: ConfigDict,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    mesh: Mesh,
+) -> tuple[Callable[[Any], TrainState], NamedSharding]:
+    """The function that makes the state of a seed, or of several, and the state's sharding."""
+    create = partial(state_lib.create, model=model, tx=tx, image_shape=image_shape)
+    if config.num_seeds == 1:
+        return create, parallel.replicated(mesh)
+    return jax.vmap(create), parallel.dealt_out(mesh)
+
+
+def _check_memory(num_seeds: int, state: TrainState, mesh: Mesh) -> None:
+    """Raises UserError if the state takes more memory than is free."""
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     host, device = environment.free_memory()
-    free = host if device is None else device * mesh.shape[parallel.SEEDS]
+    if device is None:
+        # On CPU the copies of all devices that share a batch lie in one memory.
+        needed, free = needed * mesh.shape[parallel.AXIS], host
+    else:
+        free = device * mesh.shape[parallel.SEEDS]
     if needed > free:
         raise UserError(
             f"{num_seeds:,} seeds need {needed / 2**30:.1f} GiB for weights and optimiser, and "

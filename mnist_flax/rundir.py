@@ -16,11 +16,15 @@ from mnist_flax.errors import UserError
 
 _LOCK = ".lock"
 
+# What is shown of a finished run.
+_SHOWN = {"test_loss", "test_accuracy", "test_examples"}
+
 # Where the data lies may change between two starts of the same run.
 _MAY_DIFFER = ("data.manual_dir",)
 
 
 def checkpoints(run_dir: Path) -> Path:
+    """The folder of the checkpoints."""
     return run_dir / "checkpoints"
 
 
@@ -108,20 +112,16 @@ def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
             )
         # The file stays: one that was unlinked could be locked twice.
         check(run_dir, config)
-        write_config(run_dir, config)
+        try:
+            write_config(run_dir, config)
+        except OSError as error:
+            raise _not_writable(run_dir, error) from None
         yield
 
 
 def write_config(run_dir: Path, config: ConfigDict) -> None:
-    """Writes config.json.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        write_json(run_dir / "config.json", config.to_dict())
-    except OSError as error:
-        raise _not_writable(run_dir, error) from None
+    """Writes config.json, all of it or nothing."""
+    write_json(run_dir / "config.json", config.to_dict())
 
 
 def _not_writable(run_dir: Path, error: OSError) -> UserError:
@@ -162,11 +162,20 @@ def read_config(run_dir: Path) -> ConfigDict:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None where the run is not finished."""
+    """The summary of a finished run; None where the run is not finished.
+
+    Raises:
+        UserError: it is damaged or cannot be read.
+    """
     path = run_dir / "summary.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
+        if not path.exists():
+            return None
+        summary = json.loads(path.read_text())
+        if missing := _SHOWN - set(summary):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return summary
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it to score the run again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
@@ -183,7 +192,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def start_metrics(run_dir: Path, step: int) -> None:
-    """Leaves in metrics.jsonl what was written up to `step`, where a resumed run goes on."""
+    """Leaves in metrics.jsonl what was written up to `step`, where a resumed run goes on.
+
+    Raises:
+        UserError: it is damaged or cannot be read.
+    """
     path = run_dir / "metrics.jsonl"
     try:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []

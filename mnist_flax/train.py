@@ -114,11 +114,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         )
     model = parts.create_model(config, data.num_classes)
     tx = parts.create_optimizer(config, data.train.size)
-    state = parts.initial_state(config, model, tx, data.train.image_shape, mesh)
+    abstract = parts.abstract_state(config, model, tx, data.train.image_shape, mesh)
     with rundir.held(run_dir, config):
         # Another process may have finished it meanwhile.
         return _finished(run_dir) or _train_and_score(
-            config, run_dir, data, model, tx, state, mesh, began
+            config, run_dir, data, model, tx, abstract, mesh, began
         )
 
 
@@ -136,12 +136,12 @@ def _train_and_score(
     data: parts.Data,
     model: nn.Module,
     tx: optax.GradientTransformation,
-    state: TrainState,
+    abstract: TrainState,
     mesh: Mesh,
     began: float,
 ) -> dict[str, Any]:
     """`train_and_evaluate` from the initial state on, in a folder that is held."""
-    parameters = state_lib.count_parameters(state.params) // config.num_seeds
+    parameters = state_lib.count_parameters(abstract.params) // config.num_seeds
     report.header(config, parameters, data, run_dir, environment.device_name())
 
     # Choosing the best by images of the test set would make its score a lie.
@@ -149,7 +149,9 @@ def _train_and_score(
         config.data.name, config.data.watch_split, config.data.test_split
     )
     constants = {
-        "image_shape": data.train.image_shape,
+        "train_examples": data.train.size,
+        # As JSON gives it back.
+        "image_shape": list(data.train.image_shape),
         "num_classes": data.num_classes,
         "config": config.to_dict(),
         "versions": environment.versions(),
@@ -162,11 +164,18 @@ def _train_and_score(
     ):
         position = Position()
         check_finite = partial(_check_finite, config, manager)
-        if restored := checkpoint.restore(manager, lambda record: state):
+
+        def like(record: dict[str, Any]) -> TrainState:
+            _check_data(config, record, constants)
+            return abstract
+
+        if restored := checkpoint.restore(manager, like):
             state, record = restored
             position = Position(**record["position"])
             report.resuming(state_lib.updates(state), position.epoch, config.epochs)
             _check_devices(record.get("devices_a_batch"), constants["devices_a_batch"])
+        else:
+            state = parts.initial_state(config, model, tx, data.train.image_shape, mesh)
         rundir.start_metrics(run_dir, state_lib.updates(state))
         earlier = position.wall_seconds
 
@@ -316,6 +325,19 @@ def _over_seeds(config: ConfigDict, scores: dict[str, Any]) -> dict[str, Any]:
         for i, seed in enumerate(config_lib.seeds(config))
     ]
     return means | {"seeds": each}
+
+
+def _check_data(config: ConfigDict, record: dict[str, Any], constants: dict[str, Any]) -> None:
+    """Raises UserError where the data set is another than the checkpoint was trained on."""
+    for kind in ("train_examples", "image_shape", "num_classes"):
+        now = constants[kind]
+        # A network from a Keras file has no examples yet.
+        before = record.get(kind, now)
+        if before != now:
+            raise UserError(
+                f"{config.data.name} is not the data set that this run was trained on: {kind} was "
+                f"{before} and is {now}; prepare that one, or train in a new run folder"
+            )
 
 
 def _check_devices(before: int | None, now: int) -> None:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from mnist_flax import config as config_lib
-from mnist_flax import datasets, environment, loaders, parallel, steps
+from mnist_flax import datasets, decoding, environment, loaders, parallel, steps
 from mnist_flax.errors import UserError
 from tests.test_datasets import FIVE, write_tfrecord_set
 
@@ -92,22 +92,31 @@ def test_pieces_have_the_shapes_that_were_compiled_for(name, resident, streamed)
     assert found == expected
 
 
-def test_one_example_of_a_stream_is_read_at_a_time(streamed):
+@pytest.mark.parametrize("at_once", [1, 3, 256])
+def test_a_stream_reads_what_is_asked_for_in_that_order(streamed, monkeypatch, at_once):
+    monkeypatch.setattr(decoding, "_AT_ONCE", at_once)
     arrays = datasets.load("digits", "train[:100]+test[10:30]")
     examples = datasets.open_slice("digits", "train[:100]+test[10:30]")
     assert len(examples) == 120
-    for index in (0, 99, 100, 119):
-        image, label = examples[index]
-        np.testing.assert_array_equal(image, arrays.images[index])
-        assert label == arrays.labels[index]
+    indices = np.array([119, 0, 99, 100, 7, 7, 101])
+    images, labels = examples.read(indices)
+    np.testing.assert_array_equal(images, arrays.images[indices])
+    np.testing.assert_array_equal(labels, arrays.labels[indices])
     assert streamed.most == 64 * 2**20 // 784
+
+
+class Source(list):
+    """As TFDS's data sources, it gives several examples at once."""
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
 
 
 def test_images_of_another_size_stop_a_stream():
     sizes = [(2, 2, 1), (2, 2, 1), (3, 2, 1)]
-    source = [{"image": np.zeros(size, np.uint8), "label": 0} for size in sizes]
-    examples = datasets.Examples([source], "image", "label")
-    assert examples[1][0].shape == (2, 2, 1)
+    source = Source({"image": np.zeros(size, np.uint8), "label": 0} for size in sizes)
+    examples = decoding.Examples([source], "image", "label")
+    assert examples.read(np.arange(2))[0].shape == (2, 2, 2, 1)
     mesh, rows = parallel.single_mesh(), np.arange(3, dtype=np.int32).reshape(1, 1, 3)
     with pytest.raises(UserError, match="the images differ in size"):
         list(loaders.Streamed(examples, mesh).pieces(rows, 1))
@@ -150,7 +159,7 @@ def test_data_that_does_not_fit_is_refused(monkeypatch, prepared, host, device, 
 
 
 def test_a_stream_refuses_what_cannot_be_read_or_has_no_label():
-    class Damaged(list):
+    class Damaged(Source):
         def __getitem__(self, index):
             if index == 2:
                 raise ValueError("truncated record")
@@ -158,11 +167,11 @@ def test_a_stream_refuses_what_cannot_be_read_or_has_no_label():
 
     image = np.zeros((2, 2, 1), np.uint8)
     source = Damaged({"image": image, "label": label} for label in (4, -1, 0))
-    examples = datasets.Examples([source], "image", "label")
-    assert examples[0][1] == 4
-    for index, message in ((1, "no label"), (2, r"cannot be read \(truncated record\): delete")):
+    examples = decoding.Examples([source], "image", "label")
+    assert examples.read(np.array([0]))[1] == [4]
+    for index, message in ((1, "no label"), (2, r"cannot be read \(truncated record\): try again")):
         with pytest.raises(UserError, match=message):
-            examples[index]
+            examples.read(np.array([0, index]))
         rows = np.array([[[0, index]]], np.int32)
         with pytest.raises(UserError, match=message):
             list(loaders.Streamed(examples, parallel.single_mesh()).pieces(rows, 1))

@@ -161,6 +161,10 @@ def test_damaged_records_are_said(tmp_path):
     (tmp_path / "summary.json").write_text('{"test_')
     with pytest.raises(UserError, match=r"summary.json is damaged .* delete it to score"):
         rundir.read_summary(tmp_path)
+    for other in ("[]", "7", '{"test_loss": 0.1, "test_accuracy": 0.9}'):
+        (tmp_path / "summary.json").write_text(other)
+        with pytest.raises(UserError, match=r"summary.json is damaged .* delete it to score"):
+            rundir.read_summary(tmp_path)
     for damaged in (b'{"step": 1}\n{"ste\n', b"\xff\n"):
         (tmp_path / "metrics.jsonl").write_bytes(damaged)
         with pytest.raises(UserError, match="metrics.jsonl is damaged"):

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from mnist_flax import config as config_lib
-from mnist_flax import epochs, evaluate, parallel, rundir, signals, train, trained
+from mnist_flax import (
+    environment,
+    epochs,
+    evaluate,
+    parallel,
+    parts,
+    rundir,
+    signals,
+    train,
+    trained,
+)
 from mnist_flax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -160,6 +170,21 @@ def test_more_seeds_than_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"1,000,000,000 seeds need .* set a lower num_seeds"):
         train.train_and_evaluate(seeds_config(num_seeds=10**9, parallel=1), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("devices", "copies"), [(1, 1), (4, 2)])
+def test_seeds_need_memory_for_each_device_that_shares_a_batch(monkeypatch, devices, copies):
+    config = seeds_config(num_seeds=2, parallel=devices)
+    mesh = parallel.mesh(config)
+    model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 100)
+    abstract = parts.abstract_state(config, model, tx, (28, 28, 1), mesh)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
+    needed = copies * sum(sizes)
+    monkeypatch.setattr(environment, "free_memory", lambda: (needed, None))
+    parts.abstract_state(config, model, tx, (28, 28, 1), mesh)
+    monkeypatch.setattr(environment, "free_memory", lambda: (needed - 1, None))
+    with pytest.raises(UserError, match="2 seeds need"):
+        parts.abstract_state(config, model, tx, (28, 28, 1), mesh)
 
 
 def test_one_seed_is_chosen(whole_run, capsys, monkeypatch):

@@ -214,6 +214,28 @@ def test_a_run_goes_on_in_pieces_of_another_length(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, *both)
 
 
+def test_a_run_on_another_data_set_than_before_is_refused(whole_run, tmp_path, monkeypatch):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    load = datasets.load
+
+    def fewer(name, split, manual_dir=""):
+        return load(name, "train[:80]" if split == "train[:90]" else split, manual_dir)
+
+    monkeypatch.setattr(datasets, "load", fewer)
+    with pytest.raises(UserError, match="train_examples was 90 and is 80; prepare that one"):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert trained.load(tmp_path / "run").step == 18
+
+
+def test_a_resumed_run_makes_no_second_state(whole_run, tmp_path, monkeypatch):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    monkeypatch.setattr(parts, "initial_state", None)
+    summary = train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert summary["test_loss"] == whole_run[1]["test_loss"]
+
+
 def test_a_run_that_is_under_way_is_not_begun_again(whole_run, tmp_path):
     with (
         rundir.held(tmp_path / "run", small_config()),
