@@ -1,8 +1,6 @@
 """What a measurement ran on."""
 
-import platform
 import subprocess
-from pathlib import Path
 
 from mnist_flax import environment
 from mnist_flax.errors import UserError
@@ -10,7 +8,7 @@ from mnist_flax.errors import UserError
 
 def describe(device: str) -> str:
     """The processor and its cores, and the GPU where it is one that was measured."""
-    cpu = f"{environment.cores()} cores of {_cpu_name()}"
+    cpu = f"{environment.cores()} cores of {environment.cpu_name()}"
     if device == "cpu":
         return cpu
     # Not through JAX, which would take the GPU's memory for this process.
@@ -20,12 +18,3 @@ def describe(device: str) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"there is no NVIDIA GPU to measure on: {error}") from error
     return f"{names.splitlines()[0]}, {cpu}"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":")[1].strip() for line in names if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )

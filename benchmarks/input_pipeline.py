@@ -16,14 +16,13 @@ import jax
 import numpy as np
 
 from benchmarks import hardware, recipes, suite
-from benchmarks.throughput import NETWORKS
-from mnist_flax import batches, cli, datasets, environment, epochs, loaders, parallel, parts
+from mnist_flax import batches, cli, datasets, environment, epochs, loaders, models, parallel, parts
 from mnist_flax import state as state_lib
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("input_pipeline", __doc__)
-    parser.add_argument("--network", choices=NETWORKS, default="larger")
+    parser.add_argument("--network", choices=models.names(), default="larger")
     parser.add_argument("--split", default="train", help="a TFDS slice")
     parser.add_argument("--dataset", default="mnist")
     args = parser.parse_args(argv)

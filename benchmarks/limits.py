@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import hardware, recipes, scaling, suite
-from benchmarks.throughput import NETWORKS
 from mnist_flax import cli, environment, models, summary
 
 BATCH_SIZES = {"cpu": (128, 512), "gpu": (512, 2048, 8192)}
@@ -57,7 +56,8 @@ def work(network: str) -> Work:
     for i, row in enumerate(rows):
         if row.kind not in ("Conv", "Dense", "MaxPool"):
             continue
-        kernel = row.parameters and row.parameters - row.shape[-1]
+        # Without the biases; a pool has neither.
+        kernel = max(0, row.parameters - row.shape[-1])
         # Forwards, and backwards for the kernel and the input; the images need no gradient.
         flop += 2 * kernel * math.prod(row.shape[:-1]) * (2 if i == 0 else 3)
         # Of a pooled convolution only the pool's output has to be kept.
@@ -70,7 +70,7 @@ def work(network: str) -> Work:
 
 def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("limits", __doc__, repetitions=3)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--networks", nargs="+", choices=models.names(), default=models.names())
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument(
         "--batch-sizes", nargs="+", type=suite.positive(int), help="beside the recipe's own"

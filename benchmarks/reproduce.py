@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
     )
+    parser.add_argument(
+        "--busy", action="store_true", help="other work goes on beside: leave out the minutes"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="run folders")
     args = parser.parse_args(argv)
     if args.keras and args.dtype != "float32":
@@ -79,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     env = os.environ | suite.on_device(args.device)
     by = "keras" if args.keras else "mnist_flax"
     for recipe in args.recipes:
-        runs_done = merged(before if args.add else {}, runs)[recipe]
+        runs_done = merged(before if args.add else {}, runs, args.busy)[recipe]
         done = {run["seed"] for run in runs_done if run["by"] == by}
         left = [seed for seed in range(args.seeds or RECIPES[recipe].seeds) if seed not in done]
         while left:
@@ -93,8 +97,8 @@ def main(argv: list[str] | None = None) -> None:
                     count += 1
                 train(recipe, left[0], count, args.dtype, runs, env)
                 del left[:count]
-            write(before, runs, file)
-    write(before, runs, file)
+            write(before, runs, file, args.busy)
+    write(before, runs, file, args.busy)
 
 
 def train(recipe: str, first: int, count: int, dtype: str, runs: Path, env: dict[str, str]) -> None:
@@ -103,7 +107,15 @@ def train(recipe: str, first: int, count: int, dtype: str, runs: Path, env: dict
     command += [f"--config.seed={first}", f"--config.num_seeds={count}"]
     command.append(f"--config.compute_dtype={dtype}")
     run_dir = runs / f"{recipe}-seeds{first}-{first + count - 1}"
-    subprocess.run([*command, f"--workdir={run_dir}"], check=True, cwd=ROOT, env=env)
+    process = subprocess.Popen([*command, f"--workdir={run_dir}"], cwd=ROOT, env=env)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # The run got it too, and saves what was trained.
+        process.wait()
+        raise
+    if code:
+        raise SystemExit(f"{recipe} failed, as said above")
 
 
 def train_in_keras(recipe: str, seeds: list[int], runs: Path, env: dict[str, str]) -> None:
@@ -122,36 +134,39 @@ def train_in_keras(recipe: str, seeds: list[int], runs: Path, env: dict[str, str
         raise SystemExit(f"{recipe} in Keras failed, as said above")
 
 
-def write(before: Results, runs: Path, file: Path) -> None:
+def write(before: Results, runs: Path, file: Path, busy: bool) -> None:
     """Writes the results of before and of all finished runs as JSON and as a table."""
-    found = merged(before, runs)
+    found = merged(before, runs, busy)
     suite.write(found, file, table(found))
 
 
-def merged(before: Results, runs: Path) -> Results:
+def merged(before: Results, runs: Path, busy: bool) -> Results:
     """The results of before, but where a finished run in the folder has the same seed."""
     found = {}
     for recipe in RECIPES:
-        entries = [*before.get(recipe, []), *collect(runs, recipe)]
+        entries = [*before.get(recipe, []), *collect(runs, recipe, busy)]
         of_seed = {(run["by"], run["seed"]): run for run in entries}
         found[recipe] = [of_seed[key] for key in sorted(of_seed)]
     return found
 
 
-def collect(runs: Path, recipe: str) -> Iterator[dict[str, Any]]:
-    """One entry a seed, ours and Keras's, of the finished runs of a recipe."""
+def collect(runs: Path, recipe: str, busy: bool) -> Iterator[dict[str, Any]]:
+    """One entry a seed, ours and Keras's, of the finished runs of a recipe.
+
+    The minutes are those that each took of all seeds trained at once; None on a busy machine.
+    """
     for path in sorted(runs.glob(f"{recipe}-*/summary.json")):
         summary = json.loads(path.read_text())
         seeds = summary.get("seeds", [summary])
+        minutes = summary["wall_seconds"] / 60 / summary.get("at_once", len(seeds))
         for each in seeds:
             yield {
                 "by": summary.get("by", "mnist_flax"),
                 "seed": each["seed"],
                 "test_accuracy": each["test_accuracy"],
                 "test_loss": each["test_loss"],
-                # Of all seeds that were trained at once; none where other work went on beside.
-                "minutes": (wall := summary.get("wall_seconds"))
-                and wall / 60 / summary.get("at_once", len(seeds)),
+                "minutes": None if busy else minutes,
+                "ended": date.fromtimestamp(path.stat().st_mtime).isoformat(),
                 "device": summary["device"],
                 "versions": summary["versions"],
             }

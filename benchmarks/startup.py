@@ -24,13 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import hardware, recipes, suite
-from benchmarks.throughput import (
-    NETWORKS,
-    OURS,
-    PACKAGES,
-    spec_of,
-)
-from mnist_flax import cli
+from benchmarks.throughput import OURS, PACKAGES, spec_of
+from mnist_flax import cli, models
 
 AGAIN = f"{OURS}, again"
 # The module in benchmarks/scripts/ and what it needs.
@@ -44,7 +39,7 @@ SCRIPTS = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("startup", __doc__)
-    parser.add_argument("--network", choices=NETWORKS, default="larger")
+    parser.add_argument("--network", choices=models.names(), default="larger")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
     args = parser.parse_args(argv)

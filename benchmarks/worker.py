@@ -50,10 +50,11 @@ def main() -> None:
     for line in sys.stdin:
         made, seconds = peer.train(max(1, round(float(line) * made / seconds)))
         say(images_per_second=made * job.batch_size / seconds)
+    memory = peer.device_memory()
     say(
         loss_after=peer.loss(),
         peak_memory_mib=peak_memory() / 2**20,
-        device_memory_mib=(memory := peer.device_memory()) and memory / 2**20,
+        device_memory_mib=None if memory is None else memory / 2**20,
     )
 
 

@@ -253,6 +253,7 @@ def quiet() -> Iterator[None]:
 
 
 def explain(name: str, doing: str, error: Exception) -> str:
+    """Why TFDS could not do something with a data set, and what to do."""
     missing = missing_package(error)
     if missing == "tensorflow":
         return (

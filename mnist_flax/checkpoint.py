@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mnist_flax.errors import UserError
-from mnist_flax.state import TrainState, updates
+from mnist_flax.state import TrainState, num_updates
 
 _METRIC = "watch_accuracy"
 
@@ -62,7 +62,7 @@ def save(
     Checkpoints of this step and later ones can only be damaged ones that `restore` passed over.
     They are deleted, as the manager would take them for the latest.
     """
-    step = updates(state)
+    step = num_updates(state)
     for passed_over in manager.all_steps():
         if passed_over >= step:
             manager.delete(passed_over)

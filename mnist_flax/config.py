@@ -42,8 +42,8 @@ def default() -> ConfigDict:
             "num_seeds": 1,
             # dtype of the forward and backward computation; parameters stay float32.
             "compute_dtype": "float32",
-            # Devices that share the seeds and each batch. 0: one GPU or TPU; of the CPU's cores as
-            # many as the seeds can be dealt out to evenly and as have 16 examples of a batch each.
+            # Devices that share the seeds and each batch. 0: one GPU or TPU; on CPU as many cores
+            # as divide the seeds evenly and leave each core at least 16 examples of a batch.
             "parallel": 0,
             "data": {
                 # "digits" (embedded), "mnist", "fashion_mnist", "kmnist" or another TFDS name.

@@ -25,11 +25,21 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def device_name() -> str:
-    """The device that computations run on, such as "cpu (2 cores)" or "NVIDIA H200"."""
+    """The device that computations run on: "cpu (2 cores of NAME)", or such as "NVIDIA H200"."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
-    return f"cpu ({cores()} cores)"
+    return f"cpu ({cores()} cores of {cpu_name()})"
+
+
+def cpu_name() -> str:
+    """The processor, as it calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def cores() -> int:

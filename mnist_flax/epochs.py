@@ -44,8 +44,8 @@ def compile_epoch(
     """
     several = seeds > 1
     by_seed = (SEEDS,) if several else ()
-    # No axis for a device alone: what is summed over one device XLA copies and fuses with nothing.
-    # It tells where one batch is all that there is to do, not where seeds take turns.
+    # With one device there is no axis to sum over: XLA would still copy what is summed, and fuse
+    # nothing with it. That costs time only where there is one seed.
     axis = AXIS if several or mesh.shape[AXIS] > 1 else ()
     state = PartitionSpec(*by_seed)
     examples = PartitionSpec()
@@ -110,8 +110,15 @@ def run_pieces(
 ) -> Iterator[tuple[Any, Any]]:
     """Runs a program that `compile_epoch` made on one piece after the other.
 
-    Yields what is carried, and on the host the metrics of each piece. By then the device is at the
-    next piece, so that it does not wait for the host; only what is yielded last belongs together.
+    Args:
+        program: what `compile_epoch` gives.
+        carried: the state before the first piece.
+        pieces: at least one.
+
+    Yields:
+        (carried, metrics): the metrics of a finished piece, on the host, while the state is already
+        that after the next one, at which the device is working. Only in the last pair do both
+        belong to the same piece.
     """
     running = None
     for piece in pieces:

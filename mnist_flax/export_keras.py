@@ -5,7 +5,6 @@ Neither Keras nor TensorFlow is needed. The model takes images in [0, 1] and giv
 it is not compiled, and computes in float32, whatever the run was trained with.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,8 @@ from mnist_flax.trained import Trained
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mnist_flax.export_keras",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder that training left")
+    parser = cli.run_parser("export_keras", __doc__)
     parser.add_argument("file", metavar="FILE", type=Path, help="a new file")
-    parser.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
-    parser.add_argument("--seed", type=int, help="which network of a run with several seeds")
     args = parser.parse_args()
     check_path(args.file)
     run = trained.load(args.run_dir, args.step, args.seed)

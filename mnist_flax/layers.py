@@ -205,8 +205,8 @@ def _sum_of_outer_products(x, g):
 
 
 def _transposed_twice(x, g):
-    """x.T @ g as (g.T @ x).T: XLA has a product with x transposed made at half the speed."""
-    # It would make the one of the other if there were no barriers.
+    """x.T @ g as (g.T @ x).T, since XLA on CPU computes the former at half the speed."""
+    # The barriers keep XLA from rewriting the latter as the former.
     return lax.optimization_barrier(lax.optimization_barrier(g.T) @ x).T
 
 

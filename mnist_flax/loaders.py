@@ -34,8 +34,9 @@ class Piece(NamedTuple):
     Attributes:
         images: uint8 [N, H, W, C], the same on every device or each device's own N / devices.
         labels: int32 [N], likewise.
-        rows: int32 [steps, seeds, B], split as `parallel.split` says, B filled up to a multiple of
-            the devices that share a batch; indices into what the device has, -1 is padding.
+        rows: int32 [steps, seeds, B], split as `parallel.rows_sharding` says, B filled up to a
+            multiple of the devices that share a batch; indices into what the device has, -1 is
+            padding.
     """
 
     images: jax.Array
@@ -49,7 +50,7 @@ class Resident:
     shared = True
 
     def __init__(self, arrays: Arrays, mesh: Mesh):
-        self._arrays, self._mesh = _send(arrays, parallel.replicated(mesh)), mesh
+        self._arrays, self._mesh = _send(arrays, parallel.replicated_sharding(mesh)), mesh
         self.size, self.image_shape = len(arrays.labels), arrays.images.shape[1:]
         # It brings indices only.
         self.most = sys.maxsize
@@ -60,6 +61,7 @@ class Resident:
             yield Piece(*self._arrays, _on_devices(part, self._mesh))
 
     def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
+        """The shapes and dtypes of a piece of so many steps."""
         return Piece(*self._arrays, _abstract_rows(steps, seeds, batch_size, self._mesh))
 
 
@@ -94,7 +96,8 @@ class Streamed:
         )
         prefetch = partial(grain.experimental.ThreadPrefetchIterDataset, prefetch_buffer_size=1)
         pipeline = prefetch(pipeline.map(self._read))
-        pipeline = prefetch(pipeline.map(partial(_send, sharding=parallel.own(mesh))))
+        send = partial(_send, sharding=parallel.per_device_sharding(mesh))
+        pipeline = prefetch(pipeline.map(send))
         for part, (images, labels) in zip(parts, pipeline, strict=True):
             positions = np.empty_like(part)
             for index in _shares(part.shape, mesh, mesh.devices.flat):
@@ -108,6 +111,7 @@ class Streamed:
         return self._examples.read(np.maximum(indices, 0))
 
     def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
+        """The shapes and dtypes of a piece of so many steps."""
         rows = _abstract_rows(steps, seeds, batch_size, self._mesh)
         return Piece(
             jax.ShapeDtypeStruct((rows.size, *self.image_shape), jnp.uint8),
@@ -172,7 +176,7 @@ def _shares(
     shape: tuple[int, ...], mesh: Mesh, devices: Iterable[jax.Device]
 ) -> list[tuple[slice, ...]]:
     """Where in rows of that shape the devices' shares are."""
-    indices = parallel.split(mesh).devices_indices_map(shape)
+    indices = parallel.rows_sharding(mesh).devices_indices_map(shape)
     return [indices[device] for device in devices]
 
 
@@ -182,4 +186,4 @@ def _send(arrays: tuple[np.ndarray, ...], sharding: NamedSharding) -> tuple[jax.
 
 
 def _on_devices(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    return jax.make_array_from_callback(rows.shape, parallel.split(mesh), rows.__getitem__)
+    return jax.make_array_from_callback(rows.shape, parallel.rows_sharding(mesh), rows.__getitem__)

@@ -24,37 +24,33 @@ def main() -> None:
         for key, value in config_lib.flatten(config_lib.default()).items():
             print(f"  {key}={value}")
         return
-    config, workdir = parse(sys.argv)
+    config, workdir = parse()
     args = sys.argv[1:]
     if workdir is None:
         workdir = f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         args.append(f"--workdir={workdir}")
-    command = report.command("main", *args)
     try:
         train.train_and_evaluate(config, workdir)
-        report.resume(command)
     except signals.Stopped as stop:
-        report.stopped(str(stop), command)
+        report.stopped(str(stop), report.command("main", *args))
         sys.exit(128 + stop.signum)
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, str | None]:
-    """The configuration and the run folder that a command line asks for.
-
-    `argv` must be `sys.argv`, at which the flags library looks by itself.
+def parse() -> tuple[ConfigDict, str | None]:
+    """The configuration and the run folder that `sys.argv` asks for.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, no readable recipe file.
     """
     values = flags.FlagValues()
     workdir = flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
-    for arg in argv[1:]:
+    for arg in sys.argv[1:]:
         # The flags library answers an unknown key with an AttributeError from deep inside.
         if key := re.match(r"--?config\.([^=]+)", arg):
             config_lib.check_key(key[1])
     try:
         recipe = config_flags.DEFINE_config_file("config", flag_values=values)
-        rest = values(argv)[1:]
+        rest = values(sys.argv)[1:]
     except flags.IllegalFlagValueError as error:
         found = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error))
         raise (

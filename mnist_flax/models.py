@@ -87,13 +87,13 @@ def _at_least_float32(logits: jax.Array) -> jax.Array:
 _dropout_cnn = partial(CNN, dense=(128,), conv_dropout=0.25, dense_dropout=0.5)
 
 _NETWORKS = {
-    "branched": Branched,
+    "larger": partial(CNN, convs=((30, 5, True), (15, 3, True)), dense=(128, 50), conv_dropout=0.2),
+    "baseline": partial(CNN, convs=((32, 5, True),), dense=(128,), conv_dropout=0.2),
     "convnet": partial(CNN, convs=((32, 3, True), (64, 3, True), (64, 3, False)), dense=(64,)),
+    "single_conv_5x5": partial(_dropout_cnn, convs=((32, 5, True),)),
     "double_conv_3x3": partial(_dropout_cnn, convs=((32, 3, False), (64, 3, True))),
     "double_conv_5x5": partial(_dropout_cnn, convs=((32, 5, False), (64, 5, True))),
-    "single_conv_5x5": partial(_dropout_cnn, convs=((32, 5, True),)),
-    "baseline": partial(CNN, convs=((32, 5, True),), dense=(128,), conv_dropout=0.2),
-    "larger": partial(CNN, convs=((30, 5, True), (15, 3, True)), dense=(128, 50), conv_dropout=0.2),
+    "branched": Branched,
 }
 
 

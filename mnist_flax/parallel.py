@@ -27,8 +27,8 @@ _LEAST_EXAMPLES = 16
 def mesh(config: ConfigDict) -> Mesh:
     """The devices that train: rows for different seeds, in each of which devices share batches.
 
-    Called before JAX's first computation, it makes devices of CPU cores; later, and where the
-    number of CPU devices was set already, it takes of those that there are.
+    Called before JAX's first computation, it turns CPU cores into JAX devices. Where JAX has
+    started, or the number of CPU devices was set, it takes from the devices that exist.
 
     Raises:
         UserError: there are fewer than `config.parallel`, or not the kind that was asked for.
@@ -57,23 +57,23 @@ def single_mesh() -> Mesh:
     return _mesh(devices()[:1], (1, 1))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device has: the data set, the state of one seed."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def dealt_out(mesh: Mesh) -> NamedSharding:
+def seeds_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of what has a leading axis of seeds."""
     return NamedSharding(mesh, PartitionSpec(SEEDS))
 
 
-def split(mesh: Mesh) -> NamedSharding:
+def rows_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of the rows of batches, [steps, seeds, B]: each device has its seeds' share."""
     return NamedSharding(mesh, PartitionSpec(None, SEEDS, AXIS))
 
 
-def own(mesh: Mesh) -> NamedSharding:
-    """The sharding of what holds a part for each device, one after the other."""
+def per_device_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays whose first axis is one block for each device after the other."""
     return NamedSharding(mesh, PartitionSpec((SEEDS, AXIS)))
 
 

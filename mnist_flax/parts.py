@@ -138,8 +138,8 @@ def _creation(
     """The function that makes the state of a seed, or of several, and the state's sharding."""
     create = partial(state_lib.create, model=model, tx=tx, image_shape=image_shape)
     if config.num_seeds == 1:
-        return create, parallel.replicated(mesh)
-    return jax.vmap(create), parallel.dealt_out(mesh)
+        return create, parallel.replicated_sharding(mesh)
+    return jax.vmap(create), parallel.seeds_sharding(mesh)
 
 
 def _check_memory(num_seeds: int, state: TrainState, mesh: Mesh) -> None:
@@ -164,27 +164,28 @@ def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
 
 
 def piece_length(config: ConfigDict, num_examples: int, most: int, mesh: Mesh) -> int:
-    """Steps that run as one program, between which the host may report, save or stop.
+    """The number of steps in one program; between programs the host may report, save or stop.
 
-    About a twentieth of an epoch, where that takes the device a while, or less of it on CPU, where
-    the seeds of a device take turns; and no more than bring `most` examples where one step does
-    not. A length that divides the epoch is preferred, since the remainder would be a second program
-    to compile; one that divides `checkpoint.every_steps` is taken in any case.
+    A short epoch is one program. Otherwise a program has about a twentieth of the epoch's steps, or
+    more where the device would be idle between programs, or less on CPU, where the seeds of a
+    device take turns. It takes at most `most` examples, but always a step. It divides
+    `checkpoint.every_steps` where that is shorter than the epoch; otherwise it divides the epoch if
+    a nearby length does, since the remainder would be a second program to compile.
     """
-    steps, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
+    per_epoch, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
     turns = config.num_seeds // mesh.shape[parallel.SEEDS] if _on_cpu() else 1
     # On GPU and TPU a step is too short to come back to the host every few.
     least = 10 if _on_cpu() else 1000
     # Not 1, of which XLA makes no loop.
-    length = max(2, least // turns, steps // (20 * turns))
-    if steps * turns <= 5 * least:
-        length = steps
+    length = max(2, least // turns, per_epoch // (20 * turns))
+    if per_epoch * turns <= 5 * least:
+        length = per_epoch
     cap = max(1, most // (config.batch_size * config.num_seeds))
     length = min(length, cap)
-    if 0 < every < steps:
+    if 0 < every < per_epoch:
         divisors = [n for n in range(1, min(every, cap) + 1) if every % n == 0]
         return min(divisors, key=lambda n: max(n, length) / min(n, length))
-    return next((n for n in range(length, min(2 * length, cap + 1)) if steps % n == 0), length)
+    return next((n for n in range(length, min(2 * length, cap + 1)) if per_epoch % n == 0), length)
 
 
 def _on_cpu() -> bool:

@@ -1,6 +1,5 @@
 """Classifies image files with a trained network: python -m mnist_flax.predict RUN_DIR IMAGE..."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +10,13 @@ from mnist_flax.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mnist_flax.predict", description=__doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder that training left")
+    parser = cli.run_parser("predict", __doc__)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files of any size")
     parser.add_argument(
         "--invert",
         action="store_true",
         help="for dark ink on light paper: the networks were trained on light digits on black",
     )
-    parser.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
-    parser.add_argument("--seed", type=int, help="which network of a run with several seeds")
     args = parser.parse_args()
     run = trained.load(args.run_dir, args.step, args.seed)
     pixels = np.stack([read(Path(p), run.image_shape, args.invert) for p in args.images])

@@ -123,11 +123,6 @@ def _seeds(config: ConfigDict) -> str:
     return f"seeds {config.seed} to {last}, of which the means are shown"
 
 
-def resume(resuming_command: str) -> None:
-    """The command that goes on with a run, were it stopped."""
-    print(f"{'resume':<11} {resuming_command}", flush=True)
-
-
 def command(module: str, *args: str) -> str:
     """What to type to run one of this package's programs as this process is run."""
     executable = Path(sys.executable)

@@ -19,9 +19,9 @@ class Stopped(Exception):
 def noted() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM in a list for the caller to look at.
 
-    A second signal acts as it would have without this, and one that is ignored, as Ctrl-C is by
-    what a script runs in the background, stays so. Outside the main thread, where Python allows
-    no handlers, nothing is collected.
+    The first signal restores the handlers of before, so that a second one acts as usual. A signal
+    that was ignored, as Ctrl-C is in a shell's background jobs, stays ignored. Outside the main
+    thread, where Python allows no handlers, nothing is collected.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

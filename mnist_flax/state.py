@@ -56,7 +56,7 @@ def create(
     )
 
 
-def updates(state: TrainState) -> int:
+def num_updates(state: TrainState) -> int:
     """The number of updates made; that of each seed where the state is of several."""
     return int(np.ravel(state.step)[0])
 
@@ -67,5 +67,5 @@ def variables(state: TrainState) -> dict[str, Any]:
 
 
 def count_parameters(params: Any) -> int:
-    """The number of trainable numbers."""
+    """The number of trainable parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

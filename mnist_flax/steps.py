@@ -20,8 +20,8 @@ from jax import lax
 
 from mnist_flax.state import TrainState
 
-# The mesh or pmap axis that shares each batch; () for a device alone, whose dropout is that of the
-# first device of several, and None outside of any mesh.
+# The name of the mesh or pmap axis over which each batch is split; () inside a mesh of one device,
+# whose dropout is that of the first of several devices; None outside any mesh.
 Axis = str | tuple[()] | None
 
 
@@ -98,7 +98,7 @@ def train_step(
     tx: optax.GradientTransformation,
     axis_name: Axis = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update by the gradient of the mean loss over the batch's examples.
+    """One update by the gradient of the mean loss over the batch's examples, at least one.
 
     Under `jax.pmap` or `shard_map`, `axis_name` names the axis over which the batch is split:
     the update and the metrics are then those of the whole batch, on every device. Dropout uses

@@ -172,11 +172,11 @@ def _train_and_score(
         if restored := checkpoint.restore(manager, like):
             state, record = restored
             position = Position(**record["position"])
-            report.resuming(state_lib.updates(state), position.epoch, config.epochs)
+            report.resuming(state_lib.num_updates(state), position.epoch, config.epochs)
             _check_devices(record.get("devices_a_batch"), constants["devices_a_batch"])
         else:
             state = parts.initial_state(config, model, tx, data.train.image_shape, mesh)
-        rundir.start_metrics(run_dir, state_lib.updates(state))
+        rundir.start_metrics(run_dir, state_lib.num_updates(state))
         earlier = position.wall_seconds
 
         clock = time.perf_counter()
@@ -207,7 +207,7 @@ def _train_and_score(
                 manager, state, constants | {"position": position.record()}, watch_accuracy
             )
     if received:
-        raise signals.Stopped(received[0], saved=state_lib.updates(state) > 0)
+        raise signals.Stopped(received[0], saved=state_lib.num_updates(state) > 0)
 
     score = programs.score_test(state_lib.variables(state))
     check_finite("the test loss", [score["loss"]], position)
@@ -240,7 +240,7 @@ def _train_pieces(
         axis=1,
     )
     every = config.checkpoint.every_steps
-    done = state_lib.updates(state) - position.epoch * len(rows)
+    done = state_lib.num_updates(state) - position.epoch * len(rows)
     stop = done - done % every + every if every else len(rows)
 
     def pieces() -> Iterator[Piece]:
@@ -271,7 +271,7 @@ def _epoch_row(
     }
     return {
         "epoch": position.epoch + 1,
-        "step": state_lib.updates(state),
+        "step": state_lib.num_updates(state),
         **_over_seeds(config, scores),
         "images_per_second": float(np.sum(position.count)) / position.seconds,
         "seconds": position.seconds,
@@ -319,9 +319,10 @@ def _over_seeds(config: ConfigDict, scores: dict[str, Any]) -> dict[str, Any]:
     """The scores; of several seeds their means, and under "seeds" each seed's own."""
     if config.num_seeds == 1:
         return scores
-    means = {key: value and statistics.fmean(value) for key, value in scores.items()}
+    # None is what was not scored.
+    means = {key: None if v is None else statistics.fmean(v) for key, v in scores.items()}
     each = [
-        {"seed": seed} | {key: value and value[i] for key, value in scores.items()}
+        {"seed": seed} | {key: None if v is None else v[i] for key, v in scores.items()}
         for i, seed in enumerate(config_lib.seeds(config))
     ]
     return means | {"seeds": each}

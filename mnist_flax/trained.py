@@ -152,6 +152,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     def abstract(record: dict[str, Any]) -> state_lib.TrainState:
         shape = tuple(record["image_shape"])
         model = parts.create_model(config, record["num_classes"])
+        # The shapes of its state do not depend on the number of examples.
         tx = parts.create_optimizer(config, 1)
         create = partial(state_lib.create, model=model, tx=tx, image_shape=shape)
         if len(seeds) > 1:

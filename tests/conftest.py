@@ -12,7 +12,7 @@ from mnist_flax import datasets, parts
 # Several devices, for `jax.pmap`; everything else must cope with their presence.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
-# What a script runs in the background has Ctrl-C ignored, and so have its own processes.
+# A shell starts background jobs with Ctrl-C ignored, which their own processes inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Keras's backend without TensorFlow.
 os.environ.setdefault("KERAS_BACKEND", "jax")

@@ -60,7 +60,7 @@ def test_state_and_record_come_back(tmp_path, start):
 
 
 def test_what_all_devices_have_is_written_as_a_whole(tmp_path, start):
-    everywhere = parallel.replicated(jax.make_mesh((4,), (parallel.AXIS,)))
+    everywhere = parallel.replicated_sharding(jax.make_mesh((4,), (parallel.AXIS,)))
     state = jax.device_put(start, everywhere)
     with checkpoint.open_manager(tmp_path / "c") as manager:
         checkpoint.save(manager, state, {})

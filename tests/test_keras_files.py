@@ -390,7 +390,7 @@ def layer(config, name):
 @pytest.mark.usefixtures("read_here")
 def test_another_network_is_named(change, found, tmp_path):
     path = changed_config(tmp_path, change)
-    with pytest.raises(UserError, match="none of branched, convnet") as error:
+    with pytest.raises(UserError, match="none of larger, baseline") as error:
         taken(path)
     assert found in str(error.value)
 
@@ -546,7 +546,7 @@ def test_weights_that_fit_two_networks_leave_it_open(tmp_path):
     with h5py.File(path, "a") as file:
         # As a model without dropout saves them.
         del file["layers/dropout"]
-    with pytest.raises(UserError, match="is single_conv_5x5 or baseline, but for its dropout"):
+    with pytest.raises(UserError, match="is baseline or single_conv_5x5, but for its dropout"):
         taken(path)
     assert taken(path, "baseline") == "baseline"
 

@@ -34,7 +34,8 @@ def test_logits_are_those_of_keras(name):
     model = models.create(name)
     params = random_variables(model)["params"]
     keras_networks.set_params(theirs, params)
-    images = uniform(1, (9, 28, 28, 1))
+    # As many as are computed in blocks.
+    images = uniform(1, (32, 28, 28, 1))
     logits = jax.jit(model.apply)({"params": params}, images)
     expected = np.asarray(theirs.predict_on_batch(images))
     assert np.abs(expected).max() > 0.1
