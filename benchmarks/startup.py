@@ -1,4 +1,4 @@
-"""Time from the command to the first training step, and to the end of a one-epoch script.
+"""Time to the first training step and to the end of a one-epoch script, and peak memory.
 
     python -m benchmarks.startup
     python -m benchmarks.startup --network baseline --repetitions 3
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         "network": args.network,
         "hardware": hardware.describe("cpu"),
         "versions": {package: suite.version_of(package) for package in PACKAGES},
-        "seconds": runs,
+        "runs": runs,
     }
     file = args.results / "startup_cpu.json"
     suite.write(result, file, table(result))
@@ -93,7 +93,7 @@ def write_data(folder: Path, network: str, dataset: str) -> None:
 
 
 def run(script: str, network: str, dataset: str, folder: Path) -> dict[str, float]:
-    """Seconds from the command to the end of the first step, and of the process."""
+    """Seconds from the command to the end of the first step, and of the process; its memory."""
     arguments = []
     if script in (OURS, AGAIN):
         arguments = [network, dataset]
@@ -108,41 +108,49 @@ def run(script: str, network: str, dataset: str, folder: Path) -> dict[str, floa
     }
     module = f"benchmarks.scripts.{SCRIPTS[script][0]}"
     began = time.time()
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(folder), *arguments],
-        cwd=recipes.ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    whole = time.time() - began
-    if done.returncode:
-        raise SystemExit(f"{done.stderr}\n{script} failed, as said above")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("first step at ")]
-    return {"first_step": float(lines[0].split()[-1]) - began, "whole_process": whole}
+    with (folder / "output").open("w+") as output:
+        command = [sys.executable, "-m", module, str(folder), *arguments]
+        process = subprocess.Popen(
+            command, cwd=recipes.ROOT, env=env, stdout=output, stderr=subprocess.STDOUT
+        )
+        # Unlike `wait` it tells the memory.
+        _, status, usage = os.wait4(process.pid, 0)
+        whole = time.time() - began
+        output.seek(0)
+        lines = output.read().splitlines()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit("\n".join([*lines, f"{script} failed, as said above"]))
+    first = next(line for line in lines if line.startswith("first step at "))
+    return {
+        "first_step": float(first.split()[-1]) - began,
+        "whole_process": whole,
+        "peak_memory_mib": usage.ru_maxrss / 1024,
+    }
 
 
 def column(result: dict, key: str) -> dict[str, list[float]]:
-    """The seconds of each script under a key."""
-    return {script: [run[key] for run in runs] for script, runs in result["seconds"].items()}
+    """What was measured of each script under a key."""
+    return {script: [run[key] for run in runs] for script, runs in result["runs"].items()}
 
 
 def table(result: dict) -> str:
     """Medians as Markdown, with the spread, and the ratio to ours."""
     lines = [
         "| script | command to first step (lowest to highest) | ratio "
-        "| whole process, one epoch | ratio |",
-        "|---|---|---|---|---|",
+        "| whole process, one epoch | ratio | peak memory |",
+        "|---|---|---|---|---|---|",
     ]
 
-    for script in result["seconds"]:
+    for script in result["runs"]:
         cells = []
         for key in ("first_step", "whole_process"):
             values, ours = (column(result, key)[name] for name in (script, OURS))
             ratio = statistics.median(values) / statistics.median(ours)
             cells += [suite.spread(values, ".1f", " s"), f"{ratio:.2f}"]
+        cells.append(f"{statistics.median(column(result, 'peak_memory_mib')[script]):,.0f} MiB")
         lines.append(f"| {script} | " + " | ".join(cells) + " |")
-    turns = len(result["seconds"][OURS])
+    turns = len(result["runs"][OURS])
     lines += [
         "",
         f"`{result['network']}`, one epoch; medians of {turns} turns; {suite.conditions(result)}",

@@ -9,6 +9,7 @@ import difflib
 import functools
 import gzip
 import io
+import logging
 import re
 import struct
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from urllib.parse import urljoin
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging as absl_logging
 from PIL import Image
 
 from mnist_flax.errors import UserError, nearest
@@ -30,6 +30,10 @@ IDX_FILES = {
 GZ_NAMES = tuple(name for pair in IDX_FILES.values() for name in pair)
 
 tfds.disable_progress_bar()
+# TFDS recommends packages that are not needed here.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno >= logging.ERROR or "tensorflow_datasets" not in record.pathname
+)
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -242,14 +246,9 @@ def _bad_split(builder: tfds.core.DatasetBuilder, split: object, reason: str) ->
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps TFDS from announcing on stdout and through absl what it does."""
-    verbosity = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        absl_logging.set_verbosity(verbosity)
+    """Keeps TFDS from announcing on stdout what it does."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def explain(name: str, doing: str, error: Exception) -> str:

@@ -1,4 +1,6 @@
+import importlib
 import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -84,9 +86,12 @@ def test_the_table_compares_medians_with_the_best_peer():
     assert "| `convnet` (100) | 300 (300 to 300) | 3.0 | torch, 200 | **1.50** |" in text
     assert "Geometric mean of the ratios: 1.73." in text  # √(2 · 1.5)
     assert "| `convnet` | keras-tf | 150 (150 to 150) | 2.00 | " + costs in text
+    of_one_start = "seconds and memory those of one start; a machine; jax 1."
     # Networks that were measured under other conditions are told apart.
-    assert "`larger`: Medians of 3 turns beside keras-tf; a machine; jax 1." in text
-    assert "`convnet`: Medians of 1 turns beside torch, keras-tf; a machine; jax 1." in text
+    assert "`larger`: Speeds are medians of 3 turns beside keras-tf, " + of_one_start in text
+    assert (
+        "`convnet`: Speeds are medians of 1 turns beside torch, keras-tf, " + of_one_start in text
+    )
 
 
 def test_another_network_or_one_that_does_not_learn_is_no_result():
@@ -120,6 +125,12 @@ def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path):
         assert 0 < measured["compile_seconds"] < measured["first_step_seconds"]
     assert (tmp_path / "throughput_cpu_digits.md").read_text() == throughput.table(results)
     assert (tmp_path / "throughput_cpu_digits.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("file", sorted(suite.FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_a_committed_table_is_that_of_the_committed_figures(file):
+    module = importlib.import_module(f"benchmarks.{re.match('(.+)_(cpu|gpu)', file.stem)[1]}")
+    assert file.with_suffix(".md").read_text() == module.table(json.loads(file.read_text()))
 
 
 def test_the_table_of_accuracies():
