@@ -60,10 +60,10 @@ class MaxPool(nn.Module):
 
 
 class Dropout(nn.Module):
-    """`flax.linen.Dropout` from 16 random bits a number: half the time of 32.
+    """`flax.linen.Dropout` from 16 random bits an element: half the time of 32.
 
     Attributes:
-        rate: the share of numbers that become zero, rounded to a multiple of 1/65,536; the
+        rate: the probability that an element becomes zero, rounded to a multiple of 1/65,536; the
             others are scaled by 1 / (1 - rate).
     """
 

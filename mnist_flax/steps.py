@@ -50,6 +50,7 @@ class Metrics:
 
     @classmethod
     def zero(cls) -> "Metrics":
+        """The metrics of no examples."""
         return cls(jnp.zeros([]), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
     def __add__(self, other: "Metrics") -> "Metrics":
@@ -98,12 +99,21 @@ def train_step(
     tx: optax.GradientTransformation,
     axis_name: Axis = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update by the gradient of the mean loss over the batch's examples, at least one.
+    """One update by the gradient of the mean loss over the batch's examples.
 
-    Under `jax.pmap` or `shard_map`, `axis_name` names the axis over which the batch is split:
-    the update and the metrics are then those of the whole batch, on every device. Dropout uses
-    `fold_in(state.key, state.step)`, folded again with the device's index on that axis. A
-    `nn.BatchNorm` must be given that axis too, and takes the padding of a short batch for images.
+    Dropout uses `fold_in(state.key, state.step)`, folded again with the device's index on the axis.
+    A `nn.BatchNorm` must be given that axis too, and takes the padding of a short batch for images.
+
+    Args:
+        state: parameters, optimiser and key before the step.
+        batch: examples, of which the mask lets through at least one, on all devices together.
+        model: a network whose `apply` takes images and `train`, and gives logits [B, classes].
+        tx: the optimiser that made `state.opt_state`.
+        axis_name: under `jax.pmap` or `shard_map` the axis over which the batch is split.
+
+    Returns:
+        The state after the step and the metrics before it; with `axis_name` those of the whole
+        batch, on every device.
     """
     count = _sum_over(axis_name, batch.mask.sum())
     state, metrics = _update(state, batch, count, model=model, tx=tx, axis_name=axis_name)
@@ -144,7 +154,12 @@ def _update(state, batch, count, *, model, tx, axis_name):
 
 
 def eval_step(variables: Any, batch: Batch, *, model: nn.Module, axis_name: Axis = None) -> Metrics:
-    """Scores a batch; variables are {"params": ..., "batch_stats": ...}."""
+    """The metrics of a batch; with `axis_name` of the whole batch, on every device.
+
+    Args:
+        variables: {"params": ..., "batch_stats": ...}.
+        batch, model, axis_name: as `train_step` takes them.
+    """
     logits = model.apply(variables, batch.images, train=False)
     return _sum_over(axis_name, measure(logits, batch))
 

@@ -60,6 +60,7 @@ class Position:
     wall_seconds: float = 0.0
 
     def add(self, metrics: steps.Metrics, seconds: float) -> None:
+        """Counts a finished piece of the epoch under way."""
         self.loss_sum = self.loss_sum + np.asarray(metrics.loss_sum, np.float64)
         self.correct = self.correct + np.asarray(metrics.correct, np.int64)
         self.count = self.count + np.asarray(metrics.count, np.int64)
@@ -70,6 +71,7 @@ class Position:
         return {key: np.asarray(value).tolist() for key, value in asdict(self).items()}
 
     def next_epoch(self) -> None:
+        """Begins the next epoch with nothing counted."""
         self.epoch += 1
         self.loss_sum, self.correct, self.count, self.seconds = 0.0, 0, 0, 0.0
 

@@ -12,10 +12,12 @@ from mnist_flax import (
     environment,
     epochs,
     evaluate,
+    loaders,
     parallel,
     parts,
     rundir,
     signals,
+    steps,
     train,
     trained,
 )
@@ -185,6 +187,18 @@ def test_seeds_need_memory_for_each_device_that_shares_a_batch(monkeypatch, devi
     monkeypatch.setattr(environment, "free_memory", lambda: (needed - 1, None))
     with pytest.raises(UserError, match="2 seeds need"):
         parts.abstract_state(config, model, tx, (28, 28, 1), mesh)
+
+
+def test_one_seed_is_compiled_without_an_axis_of_seeds(monkeypatch, prepared):
+    monkeypatch.setattr(epochs, "_each_seed", None)
+    config = seeds_config(num_seeds=1, parallel=2)
+    mesh = parallel.mesh(config)
+    loader = loaders.create("resident", "digits", "train[:90]", "", mesh)
+    model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
+    state = parts.abstract_state(config, model, tx, loader.image_shape, mesh)
+    assert state.step.shape == () and state.params["Dense_0"]["bias"].shape == (128,)
+    epoch = partial(steps.train_epoch, model=model, tx=tx)
+    epochs.compile_epoch(epoch, mesh, state, loader, 20, steps=5, length=5)
 
 
 def test_one_seed_is_chosen(whole_run, capsys, monkeypatch):
