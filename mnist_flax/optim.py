@@ -1,11 +1,17 @@
 """Optax optimisers with Keras's numbers, and learning-rate schedules by name."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 OPTIMIZERS = ("adam", "rmsprop")
 SCHEDULES = ("constant", "cosine", "one_cycle", "exponential")
+
+
+class Elementwise(optax.GradientTransformation):
+    """An optimiser that updates a number by its own gradient, value and state alone."""
 
 
 def create_schedule(name: str, learning_rate: float, total_steps: int) -> optax.Schedule:
@@ -31,7 +37,7 @@ def create_schedule(name: str, learning_rate: float, total_steps: int) -> optax.
     raise ValueError(f"unknown schedule {name!r}; choose one of {SCHEDULES}")
 
 
-def create(name: str, schedule: optax.Schedule) -> optax.GradientTransformation:
+def create(name: str, schedule: optax.Schedule) -> Elementwise:
     """Adam or RMSprop as `keras.optimizers` defines them.
 
     Keras's Adam has betas .9 and .999 and epsilon 1e-7. It adds epsilon before correcting the
@@ -46,7 +52,15 @@ def create(name: str, schedule: optax.Schedule) -> optax.GradientTransformation:
             scale = optax.scale_by_rms(decay=0.9, eps=1e-7, eps_in_sqrt=True)
         case _:
             raise ValueError(f"unknown optimiser {name!r}; choose one of {OPTIMIZERS}")
-    return optax.chain(scale, optax.scale_by_learning_rate(schedule))
+    return Elementwise(*optax.chain(scale, optax.scale_by_learning_rate(schedule)))
+
+
+def update(
+    tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any]:
+    """The parameters after an update, and the optimiser's state."""
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def _scale_by_keras_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:

@@ -9,6 +9,7 @@ Metrics are sums and counts over the examples that a mask lets through, so that 
 counts and averages over unequal batches are exact.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from mnist_flax import block_updates, optim
 from mnist_flax.state import TrainState
 
 # The name of the mesh or pmap axis over which each batch is split; () inside a mesh of one device,
@@ -116,11 +118,12 @@ def train_step(
         batch, on every device.
     """
     count = _sum_over(axis_name, batch.mask.sum())
-    state, metrics = _update(state, batch, count, model=model, tx=tx, axis_name=axis_name)
+    update = partial(optim.update, tx)
+    state, metrics = _step(state, batch, count, model=model, update=update, axis_name=axis_name)
     return state, _sum_over(axis_name, metrics)
 
 
-def _update(state, batch, count, *, model, tx, axis_name):
+def _step(state, batch, count, *, model, update, axis_name):
     """`train_step` with the whole batch's count given, and metrics of the device's own share."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     if axis_name is not None:
@@ -143,8 +146,7 @@ def _update(state, batch, count, *, model, tx, axis_name):
     grads, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
     grads = _sum_over(axis_name, grads)
     with jax.named_scope("optimizer"):
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = update(grads, state.opt_state, state.params)
     return state.replace(
         step=state.step + 1,
         params=params,
@@ -179,6 +181,22 @@ def train_epoch(
     The data set stays on the device as uint8; only indices are new. An epoch may be given in
     pieces: the states are the same.
     """
+    epoch = partial(_train_epoch, model=model, axis_name=axis_name)
+    whole = partial(epoch, update=partial(optim.update, tx))
+    shapes = block_updates.large_shapes(tx, state.params)
+    if not shapes:
+        return whole(state, images, labels, batches)
+    like = jax.eval_shape(lambda opt_state: opt_state, state.opt_state)
+
+    def in_blocks(state, *data):
+        state = state.replace(opt_state=block_updates.split(shapes, state.opt_state))
+        state, metrics = epoch(state, *data, update=partial(block_updates.update, tx, shapes, like))
+        return state.replace(opt_state=block_updates.join(like, state.opt_state)), metrics
+
+    return lax.platform_dependent(state, images, labels, batches, cpu=in_blocks, default=whole)
+
+
+def _train_epoch(state, images, labels, batches, *, model, update, axis_name):
     # Devices wait for each other at every sum: in a step only the gradients' is left.
     counts = _sum_over(axis_name, (batches >= 0).sum(axis=1).astype(jnp.float32))
 
@@ -186,7 +204,7 @@ def train_epoch(
         state, total = carry
         indices, count = row
         batch = gather(images, labels, indices)
-        state, metrics = _update(state, batch, count, model=model, tx=tx, axis_name=axis_name)
+        state, metrics = _step(state, batch, count, model=model, update=update, axis_name=axis_name)
         return (state, total + metrics), None
 
     start = (state, _as_own(axis_name, Metrics.zero()))
