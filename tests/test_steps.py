@@ -186,13 +186,15 @@ def test_scores_of_several_devices_are_added():
     np.testing.assert_array_equal(total.correct, [expected.correct] * 4)
 
 
+@pytest.fixture(scope="module")
 def epoch_setting():
     model = models.create("larger")
     start, train_step = setting(model)
     tx = optim.create("adam", optax.constant_schedule(1e-3))
     images = integers(1, (50, 28, 28, 1), 256, jnp.uint8)
     labels = integers(2, 50, 10)
-    rows = jnp.asarray(batches.train_batches(0, 0, 50, 8))
+    # The last is filled up.
+    rows = jnp.asarray(batches.train_batches(0, 0, 50, 8))[1:]
     epoch = jax.jit(partial(steps.train_epoch, model=model, tx=tx))
     return start, train_step, epoch, (images, labels), rows
 
@@ -247,21 +249,21 @@ def test_a_hundred_steps_follow_the_plain_convolution(
     np.testing.assert_allclose(ours, plain, rtol=1e-9)
 
 
-def test_an_epoch_is_its_steps_one_after_the_other():
-    start, train_step, epoch, arrays, rows = epoch_setting()
+def test_an_epoch_is_its_steps_one_after_the_other(epoch_setting):
+    start, train_step, epoch, arrays, rows = epoch_setting
     after, metrics = epoch(start, *arrays, rows)
     one, total = start, steps.Metrics.zero()
     train_step = jax.jit(train_step)
     for row in rows:
         one, step_metrics = train_step(one, steps.gather(*arrays, row))
         total = total + step_metrics
-    assert int(after.step) == 7 and int(metrics.count) == 50
+    assert int(after.step) == 6 and int(metrics.count) == 42
     assert_equal(metrics, total, rtol=1e-5)
     assert_equal(after.params, one.params, atol=1e-4)
 
 
-def test_an_epoch_in_pieces_is_bitwise_the_same():
-    start, _, epoch, arrays, rows = epoch_setting()
+def test_an_epoch_in_pieces_is_bitwise_the_same(epoch_setting):
+    start, _, epoch, arrays, rows = epoch_setting
     whole, _ = epoch(start, *arrays, rows)
     middle, _ = epoch(start, *arrays, rows[:3])
     pieces, _ = epoch(middle, *arrays, rows[3:])
