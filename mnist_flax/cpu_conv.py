@@ -6,6 +6,8 @@
 | other, not pooled or in a batch of fewer than 16 | `_by_patches` | all |
 | other, and all of 16 bits | `side_by_side.conv_relu` | all, up to 16/9 for a pooled kernel |
 
+A narrow one that is not pooled, before one of the first row, is made in its loop (`conv_pair.py`).
+
 `benchmarks/NOTES.md` has the measurements behind this table. All have gradients written out:
 autodiff would turn the gradient of patches into KH·KW padded additions over the whole input.
 """
@@ -56,7 +58,7 @@ def _by_patches_fwd(x, kernel, bias):
     split = _splitter(x, kernel)
 
     def forward(block):
-        y = jax.nn.relu(_convolved(block, kernel) + bias)
+        y = conv_relu_by_patches(block, kernel, bias)
         return y, y > 0
 
     y, positive = (tiles.join(blocks, len(x)) for blocks in lax.map(forward, split(x)))
@@ -65,20 +67,15 @@ def _by_patches_fwd(x, kernel, bias):
 
 def _by_patches_bwd(residuals, g):
     x, kernel, bias, positive = residuals
-    kh, kw, _, features = kernel.shape
-
-    full = jnp.pad(jnp.where(positive, g, 0), ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0)))
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    full, flipped = _for_input_gradient(kernel, jnp.where(positive, g, 0))
     blocks = _splitter(full, flipped)(full)
     dx = tiles.join(lax.map(lambda block: _convolved(block, flipped), blocks), len(x))
 
     def add(totals, block):
         x, positive, g = block
         # Once more, so that a first layer, which needs no dx, never keeps the whole.
-        g = jnp.where(positive, g, 0)
-        patches = _patches(x, kernel).reshape(-1, kernel.size // features)
-        dkernel = tiles.dot(patches.T, g.reshape(-1, features)).reshape(kernel.shape)
-        return (totals[0] + dkernel, totals[1] + g.sum((0, 1, 2))), None
+        dkernel, dbias = weight_gradients(x, kernel, jnp.where(positive, g, 0))
+        return (totals[0] + dkernel, totals[1] + dbias), None
 
     split = _splitter(x, kernel)
     start = (tiles.zero(kernel), tiles.zero(bias))
@@ -87,6 +84,31 @@ def _by_patches_bwd(residuals, g):
 
 
 _by_patches.defvjp(_by_patches_fwd, _by_patches_bwd)
+
+
+def conv_relu_by_patches(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """ReLU of a 'valid' convolution and bias, of one block of images."""
+    return jax.nn.relu(_convolved(x, kernel) + bias)
+
+
+def weight_gradients(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients of kernel and bias by one block, from that of the sums before the ReLU."""
+    features = kernel.shape[3]
+    patches = _patches(x, kernel).reshape(-1, kernel.size // features)
+    dkernel = tiles.dot(patches.T, g.reshape(-1, features)).reshape(kernel.shape)
+    return dkernel, g.sum((0, 1, 2))
+
+
+def input_gradient(kernel: jax.Array, g: jax.Array) -> jax.Array:
+    """The gradient of one block of images, from that of the sums before the ReLU."""
+    return _convolved(*_for_input_gradient(kernel, g))
+
+
+def _for_input_gradient(kernel, g):
+    """What to convolve with what."""
+    kh, kw = kernel.shape[:2]
+    full = jnp.pad(g, ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0)))
+    return full, jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
 
 
 def _convolved(x, kernel):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from mnist_flax import cpu_conv, pooling, random_bits, tiles
+from mnist_flax import conv_pair, cpu_conv, pooling, random_bits, tiles
 from mnist_flax.errors import UserError
 
 # Up to so many, a kernel's gradient as outer products takes less time than as a matrix product.
@@ -49,6 +49,11 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         return (conv_relu_pool if self.pool else conv_relu)(x, kernel, bias, self.padding)
+
+    def weights(self) -> tuple[jax.Array, jax.Array]:
+        """Kernel and bias in the computation's dtype, once there are parameters."""
+        kernel, bias = (self.get_variable("params", name) for name in ("kernel", "bias"))
+        return tuple(promote_dtype(kernel, bias, dtype=self.dtype))
 
 
 class MaxPool(nn.Module):
@@ -158,6 +163,31 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
         cpu=partial(cpu_conv.conv_relu_pool, padding=padding),
         default=partial(_xla_conv_relu_pool, padding=padding),
     )
+
+
+def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
+    """second(first(x)) of 'valid' convolutions that have parameters, in one loop on CPU.
+
+    Raises:
+        UserError: a kernel does not fit into the image, or the pool into the output.
+    """
+    weights = (*first.weights(), *second.weights())
+    size = conv_output_size(x.shape[1:3], first.kernel_size, "VALID")
+    size = conv_output_size(size, second.kernel_size, "VALID")
+    if second.pool:
+        pooling.check(size)
+    x = x.astype(weights[0].dtype)
+    return lax.platform_dependent(
+        x,
+        *weights,
+        cpu=partial(conv_pair.conv_relu_twice, pool=second.pool),
+        default=partial(_xla_conv_relu_twice, pool=second.pool),
+    )
+
+
+def _xla_conv_relu_twice(x, kernel1, bias1, kernel2, bias2, *, pool):
+    x = _xla_conv_relu(x, kernel1, bias1, padding="VALID")
+    return (_xla_conv_relu_pool if pool else _xla_conv_relu)(x, kernel2, bias2, padding="VALID")
 
 
 def _xla_conv_relu(x, kernel, bias, *, padding):

@@ -17,7 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from mnist_flax.errors import UserError, nearest
-from mnist_flax.layers import Concatenate, Conv, Dropout, Flatten, MaxPool, dense_product
+from mnist_flax.layers import (
+    Concatenate,
+    Conv,
+    Dropout,
+    Flatten,
+    MaxPool,
+    conv_relu_twice,
+    dense_product,
+)
 
 Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform(), dot_general=dense_product)
 
@@ -43,8 +51,15 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        for features, kernel, pool in self.convs:
-            x = Conv(features, (kernel, kernel), pool=pool, dtype=self.dtype)(x)
+        convs = [
+            Conv(features, (kernel, kernel), pool=pool, dtype=self.dtype)
+            for features, kernel, pool in self.convs
+        ]
+        if train and len(convs) > 1 and not convs[0].pool and not self.is_initializing():
+            first, second, *convs = convs
+            x = conv_relu_twice(x, first, second)
+        for conv in convs:
+            x = conv(x)
         if self.conv_dropout:
             x = Dropout(self.conv_dropout)(x, train)
         x = Flatten()(x)

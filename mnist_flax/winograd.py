@@ -38,59 +38,64 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool: bool) -> j
 
 
 def _conv_relu_fwd(x, kernel, bias, pool):
-    plan = _plan(x, kernel, pool)
-    weights = _transformed_kernel(kernel, plan)
-
-    def forward(block):
-        products = jnp.matmul(_transformed_tiles(block, plan), weights)
-        y = tiles.dot(plan.output, products.reshape(len(products), -1))
-        if not pool:
-            y = _from_output_tiles(y.reshape(plan.q, plan.q, -1, len(bias)), plan)
-            y = jax.nn.relu(y + bias)
-            return y, y > 0
-        y = y.reshape(plan.q, plan.q, 4, -1, len(bias))
-        pooled, choice = pooling.relu_pool(*(y[:, :, i] for i in range(4)), bias)
-        return _from_output_tiles(pooled, plan), choice
-
-    blocks, choice = lax.map(forward, plan.split(x))
+    plan = plan_for(x, kernel, pool)
+    weights = transformed_kernel(kernel, plan)
+    blocks, choice = lax.map(lambda x: forward(x, weights, bias, pool, plan), plan.split(x))
     # Not the transformed tiles: on CPU they take longer to write and read than to make again.
     return tiles.join(blocks, len(x)), (x, kernel, bias, choice)
 
 
 def _conv_relu_bwd(pool, residuals, g):
     x, kernel, bias, choice = residuals
-    plan = _plan(x, kernel, pool)
-    weights = _transformed_kernel(kernel, plan)
-    m, features = plan.m, kernel.shape[3]
+    plan = plan_for(x, kernel, pool)
+    weights = transformed_kernel(kernel, plan)
 
-    def backward(totals, block):
-        x, choice, g = block
-        if pool:
-            g = _to_output_tiles(g, plan)
-            dbias = jnp.where(choice < 4, g, 0).sum((0, 1, 2))
-            if plan.q == 1:
-                # XLA would fuse a stack of four, and branch for each of its numbers.
-                dy = jnp.where(choice == jnp.arange(4, dtype=choice.dtype)[:, None, None], g, 0)
-            else:
-                places = [(p, i) for p in np.ndindex(plan.q, plan.q) for i in range(4)]
-                dy = jnp.stack([jnp.where(choice[p] == i, g[p], 0) for p, i in places])
-        else:
-            g = jnp.where(choice, g, 0)
-            dbias = g.sum((0, 1, 2))
-            dy = _to_output_tiles(g, plan)
-        dproducts = tiles.dot(plan.output.T, dy.reshape(m * m, -1))
-        dproducts = dproducts.reshape(len(weights), -1, features)
-        dweights = jnp.matmul(_transformed_tiles(x, plan).swapaxes(1, 2), dproducts)
-        dtiles = jnp.matmul(dproducts, weights.swapaxes(1, 2))
-        dtiles = tiles.dot(plan.input.T, dtiles.reshape(len(weights), -1))
-        dtiles = dtiles.reshape(*plan.size, len(x), *plan.count, -1).transpose(2, 3, 4, 0, 1, 5)
-        return (totals[0] + dweights, totals[1] + dbias), tiles.add(dtiles, m, *x.shape[1:3])
+    def add(totals, block):
+        dweights, dbias, dx = backward(*block, weights, pool, plan)
+        return (totals[0] + dweights, totals[1] + dbias), dx
 
     start = (tiles.zero(weights), tiles.zero(bias))
     blocks = (plan.split(x), choice, plan.split(g))
-    (dweights, dbias), dx = lax.scan(backward, start, blocks)
-    dkernel = tiles.dot(plan.kernel.T, dweights.reshape(len(weights), -1)).reshape(kernel.shape)
-    return tiles.join(dx, len(x)), dkernel, dbias
+    (dweights, dbias), dx = lax.scan(add, start, blocks)
+    return tiles.join(dx, len(x)), kernel_gradient(dweights, kernel, plan), dbias
+
+
+def forward(x, weights, bias, pool, plan):
+    """Of a block of images the result, and for its gradient which numbers passed."""
+    products = jnp.matmul(_transformed_tiles(x, plan), weights)
+    y = tiles.dot(plan.output, products.reshape(len(products), -1))
+    if not pool:
+        y = _from_output_tiles(y.reshape(plan.q, plan.q, -1, len(bias)), plan)
+        y = jax.nn.relu(y + bias)
+        return y, y > 0
+    y = y.reshape(plan.q, plan.q, 4, -1, len(bias))
+    pooled, choice = pooling.relu_pool(*(y[:, :, i] for i in range(4)), bias)
+    return _from_output_tiles(pooled, plan), choice
+
+
+def backward(x, choice, g, weights, pool, plan):
+    """The gradients of the weights, the bias and x by one block; g is that of its result."""
+    m, features = plan.m, weights.shape[2]
+    if pool:
+        g = _to_output_tiles(g, plan)
+        dbias = jnp.where(choice < 4, g, 0).sum((0, 1, 2))
+        if plan.q == 1:
+            # XLA would fuse a stack of four, and branch for each of its numbers.
+            dy = jnp.where(choice == jnp.arange(4, dtype=choice.dtype)[:, None, None], g, 0)
+        else:
+            places = [(p, i) for p in np.ndindex(plan.q, plan.q) for i in range(4)]
+            dy = jnp.stack([jnp.where(choice[p] == i, g[p], 0) for p, i in places])
+    else:
+        g = jnp.where(choice, g, 0)
+        dbias = g.sum((0, 1, 2))
+        dy = _to_output_tiles(g, plan)
+    dproducts = tiles.dot(plan.output.T, dy.reshape(m * m, -1))
+    dproducts = dproducts.reshape(len(weights), -1, features)
+    dweights = jnp.matmul(_transformed_tiles(x, plan).swapaxes(1, 2), dproducts)
+    dtiles = jnp.matmul(dproducts, weights.swapaxes(1, 2))
+    dtiles = tiles.dot(plan.input.T, dtiles.reshape(len(weights), -1))
+    dtiles = dtiles.reshape(*plan.size, len(x), *plan.count, -1).transpose(2, 3, 4, 0, 1, 5)
+    return dweights, dbias, tiles.add(dtiles, m, *x.shape[1:3])
 
 
 conv_relu.defvjp(_conv_relu_fwd, _conv_relu_bwd)
@@ -124,7 +129,8 @@ class _Plan(NamedTuple):
     split: Callable[[jax.Array], jax.Array]
 
 
-def _plan(x, kernel, pool):
+def plan_for(x: jax.Array, kernel: jax.Array, pool: bool) -> _Plan:
+    """How to cut x, which may be abstract."""
     kh, kw = kernel.shape[:2]
     h, w = x.shape[1] - kh + 1, x.shape[2] - kw + 1
     out, stride = ((h // 2, w // 2), 2) if pool else ((h, w), 1)
@@ -173,10 +179,15 @@ def _bands(matrix, count, stride):
     return bands.reshape(n * count, -1)
 
 
-def _transformed_kernel(kernel, plan):
-    """[KH, KW, C, F] to [n, C, F]."""
+def transformed_kernel(kernel, plan):
+    """[KH, KW, C, F] to the weights, [n, C, F]."""
     kh, kw, c, features = kernel.shape
     return tiles.dot(plan.kernel, kernel.reshape(kh * kw, -1)).reshape(-1, c, features)
+
+
+def kernel_gradient(dweights, kernel, plan):
+    """The kernel's gradient by that of the weights."""
+    return tiles.dot(plan.kernel.T, dweights.reshape(len(dweights), -1)).reshape(kernel.shape)
 
 
 def _transformed_tiles(x, plan):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mnist_flax import cpu_conv, layers, pooling, side_by_side, tiles, winograd
+from mnist_flax import conv_pair, cpu_conv, layers, pooling, side_by_side, tiles, winograd
 from mnist_flax.errors import UserError
 from tests.helpers import normal
 
@@ -84,6 +84,33 @@ def test_winograd_is_xlas_convolution(monkeypatch, conv, kernel_size, size, spli
         monkeypatch.setattr(winograd, "_MOST_TILES", 16)
         monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
     assert_same(conv, x, kernel, "VALID", 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("pool", "size", "in_one_loop"), [(True, 3, True), (False, 5, True), (True, 3, False)]
+)
+def test_two_convolutions_in_one_loop_are_one_after_the_other(monkeypatch, pool, size, in_one_loop):
+    # Blocks of two images, the last filled up.
+    monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1 if in_one_loop else 6)
+    monkeypatch.setattr(winograd, "_MOST_TILES", 2 * {3: 9, 5: 4}[size])
+    x, kernels = normal(0, (5, 14, 13, 2)), [(3, 4, 2, 32), (size, size, 32, 33)]
+    weights = [a for n, k in enumerate(kernels) for a in (normal(n, k), normal(n, k[3:]))]
+    assert conv_pair._suits(x, weights[0], weights[2]) == in_one_loop
+
+    def reference(x, kernel1, bias1, kernel2, bias2):
+        second = reference_conv_pool if pool else reference_conv
+        return second(reference_conv(x, kernel1, bias1, "VALID"), kernel2, bias2, "VALID")
+
+    def with_gradients(conv):
+        y, pullback = jax.vjp(conv, x, *weights)
+        return y, *pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape))
+
+    expected = jax.jit(partial(with_gradients, reference))()
+    forms = [conv_pair.conv_relu_twice, layers._xla_conv_relu_twice]
+    for form in forms if in_one_loop else forms[:1]:
+        actual = jax.jit(partial(with_gradients, partial(form, pool=pool)))()
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("channels", [1, 40])

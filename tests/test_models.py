@@ -167,6 +167,18 @@ def test_logits_are_those_of_plain_linen_layers(name):
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("name", ["double_conv_3x3", "double_conv_5x5"])
+def test_training_makes_two_convolutions_in_one_loop(name):
+    model = models.create(name, conv_dropout=0.0, dense_dropout=0.0)
+    params = random_variables(model)["params"]
+    images = uniform(2, (32, 28, 28, 1))
+    train = partial(model.apply, train=True)
+    assert "_in_one_loop" in str(jax.make_jaxpr(train)({"params": params}, images))
+    expected = jax.jit(partial(reference_logits, name))(params, images)
+    logits = jax.jit(train)({"params": params}, images)
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_weights_start_as_in_keras(name):
     init = jax.jit(models.create(name).init)
