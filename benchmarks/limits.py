@@ -195,10 +195,10 @@ def profile(network: str) -> dict:
 def operations(data, program: str) -> collections.Counter:
     """Microseconds of each operation of a program (HLO text), by its name and `op_name`.
 
-    What contains others, such as a loop, is left out. On a GPU a kernel that the program gives no
-    `op_name` has an empty one.
+    What contains others, such as a loop, is left out. What XLA adds, such as a copy, has an empty
+    `op_name`, as has a GPU's kernel that the program does not name.
     """
-    line = r'^ *(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(.*?op_name="([^"]*)"'
+    line = r'^ *(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\((?:.*?op_name="([^"]*)")?'
     named = {
         name: op_name
         for name, opcode, op_name in re.findall(line, program, re.MULTILINE)

@@ -46,6 +46,13 @@ def data_dir(monkeypatch, prepared, cache_home) -> Path:
     return prepared
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kept_programs(tmp_path_factory):
+    """Keeps what takes long to compile, since many tests compile the same."""
+    # Of each process by itself: JAX may read what another one has not yet written as a whole.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+
+
 @pytest.fixture(scope="session")
 def mnist_gz() -> Path:
     """The folder with the four official files of MNIST."""

@@ -257,6 +257,9 @@ def test_of_a_gpus_profile_its_own_kernels_count():
     found = limits.operations(SimpleNamespace(planes=[host, device]), program)
     assert found == {("fusion.1", "jvp(x)"): 2, ("copy.2", ""): 2}
     assert limits.part("") == "other"
+    host = plane("/host:CPU", ("copy.2", None), ("while.3", None), ("a thread", None))
+    found = limits.operations(SimpleNamespace(planes=[host]), program)
+    assert found == {("copy.2", ""): 2}
 
 
 @pytest.mark.parametrize("flags", [["--repetitions=0"], ["--seconds=-1"], ["--seconds=nan"]])
