@@ -208,7 +208,8 @@ def test_what_real_keras_saves_is_recognised(keras, name, suffix, tmp_path):
     assert_equal(params, keras_networks.params_of(model))
 
 
-@pytest.fixture(scope="module")
+# Of the session, as `mnist` is, which is not to be prepared where Keras is absent.
+@pytest.fixture(scope="session")
 def keras():
     return pytest.importorskip("keras", minversion="3", reason="Keras 3 is not installed")
 

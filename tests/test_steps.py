@@ -283,7 +283,7 @@ def test_batch_statistics_are_carried():
 
 def test_state_is_determined_by_the_seed():
     tx = optim.create("adam", optax.constant_schedule(1e-3))
-    create = partial(state.create, model=models.create("larger"), tx=tx, image_shape=(28, 28, 1))
+    create = partial(state.create, model=models.create("convnet"), tx=tx, image_shape=(28, 28, 1))
     create = jax.jit(create)
     first, again, other = create(3), create(3), create(4)
     assert_equal(first, again)
