@@ -4,7 +4,9 @@ A checkpoint holds the train state and a JSON record: where the run stood, its c
 the versions that wrote it. The two latest are kept, and the best where a metric is given.
 """
 
+import json
 import logging
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,11 +23,12 @@ from mnist_flax.errors import UserError
 from mnist_flax.state import TrainState, num_updates
 
 _METRIC = "watch_accuracy"
+# What a checkpoint takes beside its numbers, at most.
+_BESIDE_BYTES = 2**20
 
-# Orbax warns of what is meant here: a checkpoint without metrics, a folder opened to read.
-logging.getLogger("absl").addFilter(
-    lambda record: record.levelno >= logging.ERROR or "orbax" not in record.pathname
-)
+# Orbax warns of what is meant here, a checkpoint without metrics, a folder opened to read, and logs
+# each error that it raises, with the traceback of every thread.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 @contextmanager
@@ -33,6 +36,9 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
     """An asynchronous manager of `folder`, closed on every way out.
 
     Closing waits for a save under way, so that none is lost.
+
+    Raises:
+        UserError: the last save could not be written.
     """
     policies = [
         preservation_policy.LatestN(2),
@@ -46,9 +52,48 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         best_fn=lambda metrics: metrics[_METRIC],
         read_only=read_only,
+        # Without the metrics, which are of no use then.
+        lightweight_initialize=read_only,
     )
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    if not read_only:
+        _leave_out_damaged_metrics(folder)
+    manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    try:
         yield manager
+    finally:
+        with _faults_said(folder):
+            manager.close()
+
+
+def _leave_out_damaged_metrics(folder: Path) -> None:
+    """Orbax reads those of all checkpoints when it opens a folder, and fails at a damaged one."""
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            float(json.loads(path.read_bytes())[_METRIC])
+        except (OSError, ValueError, LookupError, TypeError):
+            path.unlink()
+            step = path.parents[1].name
+            warnings.warn(
+                f"the accuracy in checkpoint {step} is damaged, so that it no longer counts as "
+                "the best",
+                stacklevel=4,
+            )
+
+
+@contextmanager
+def _faults_said(folder: Path) -> Iterator[None]:
+    """Raises UserError where Orbax could not write."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"a checkpoint cannot be written to {folder} ({_reason(error)}): make room there and "
+            "start again"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def save(
@@ -61,8 +106,18 @@ def save(
 
     Checkpoints of this step and later ones can only be damaged ones that `restore` passed over.
     They are deleted, as the manager would take them for the latest.
+
+    Raises:
+        UserError: there is no room for it, or the save before could not be written.
     """
     step = num_updates(state)
+    # Before Orbax finds out in many threads at once.
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _BESIDE_BYTES
+    if needed > (free := shutil.disk_usage(manager.directory).free):
+        raise UserError(
+            f"a checkpoint takes {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free on "
+            "the disk of the run folder: make room there and start again"
+        )
     for passed_over in manager.all_steps():
         if passed_over >= step:
             manager.delete(passed_over)
@@ -71,7 +126,8 @@ def save(
         record=ocp.args.JsonSave({"run": record, "crc32": _crc32(state)}),
     )
     metrics = None if watch_accuracy is None else {_METRIC: watch_accuracy}
-    manager.save(step, args=args, metrics=metrics, force=True)
+    with _faults_said(manager.directory):
+        manager.save(step, args=args, metrics=metrics, force=True)
 
 
 def restore(
@@ -111,14 +167,13 @@ def restore(
             raise
         except Exception as error:
             # Orbax raises whatever the damage leads to.
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             if step is not None:
                 raise UserError(
-                    f"checkpoint {step} in {manager.directory} is damaged ({reason}): "
+                    f"checkpoint {step} in {manager.directory} is damaged ({_reason(error)}): "
                     f"take another of {steps}"
                 ) from error
             warnings.warn(
-                f"checkpoint {candidate} is damaged and passed over: {reason}", stacklevel=2
+                f"checkpoint {candidate} is damaged and passed over: {_reason(error)}", stacklevel=2
             )
             continue
         return state, record["run"]

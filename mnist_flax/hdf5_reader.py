@@ -11,6 +11,7 @@ the arrays. Nothing in the file is executed, unpickled or followed out of it.
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 import zipfile
@@ -58,21 +59,26 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         with zipfile.ZipFile(path) as archive:
             config = _member(archive, "config.json", _MOST_CONFIG_BYTES).decode()
             weights = io.BytesIO(_member(archive, "model.weights.h5", _MOST_BYTES))
+        size = weights.getbuffer().nbytes
         with h5py.File(weights, "r") as file:
-            return _content(config, "numbered", _numbered(file))
+            return _content(config, "numbered", _numbered(file), size)
+    size = os.path.getsize(path)
     with h5py.File(path, "r") as file:
         if "model_config" in file.attrs:
             config = _texts(file, "model_config")[0]
-            return _content(config, "own", _legacy(_member_of(file, "model_weights", h5py.Group)))
+            layers = _legacy(_member_of(file, "model_weights", h5py.Group))
+            return _content(config, "own", layers, size)
         if "layer_names" in file.attrs:
-            return _content(None, "own", _legacy(file))
-        return _content(None, "numbered", _numbered(file))
+            return _content(None, "own", _legacy(file), size)
+        return _content(None, "numbered", _numbered(file), size)
 
 
 Layers = Iterable[tuple[str, list[h5py.Dataset]]]
 
 
-def _content(config: str | None, named: str, layers: Layers):
+def _content(config: str | None, named: str, layers: Layers, size: int):
+    # Arrays that are stored as a whole cannot take more than their file, unless several are one.
+    most = min(size, _MOST_BYTES)
     arrays, described, total = {}, [], 0
     for name, datasets in layers:
         entries = []
@@ -80,8 +86,8 @@ def _content(config: str | None, named: str, layers: Layers):
             key = f"array{len(arrays)}"
             problem = _problem(dataset)
             total += 0 if problem else dataset.nbytes
-            if total > _MOST_BYTES:
-                raise ValueError(f"its arrays take more than {_MOST_BYTES:,} bytes")
+            if total > most:
+                raise ValueError(f"its arrays take more than {most:,} bytes")
             if problem is None:
                 arrays[key] = dataset[()]
             entries.append({"shape": dataset.shape, "key": key, "problem": problem})
@@ -91,7 +97,9 @@ def _content(config: str | None, named: str, layers: Layers):
 
 def _problem(dataset: h5py.Dataset) -> str | None:
     if dataset.dtype not in (np.float16, np.float32):
-        return f"{dataset.name} is {dataset.dtype} instead of float32"
+        # Which HDF5 does not know: Keras stores it as two bytes.
+        kind = "bfloat16" if dataset.dtype == "V2" else dataset.dtype
+        return f"{dataset.name} is {kind} instead of float32"
     # Keras writes arrays as a whole. The other layouts may name further files, load a decoder or
     # unpack to any size.
     whole = dataset.id.get_storage_size() == dataset.nbytes

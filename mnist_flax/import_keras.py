@@ -7,7 +7,7 @@ Keras nor TensorFlow is needed, and nothing in the file is executed.
 import argparse
 import os
 import re
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -109,19 +109,23 @@ def import_file(
         "versions": environment.versions(),
         "position": train.Position().record(),
     }
-    # Under another name until it is whole.
     run_dir = Path(os.path.abspath(run_dir))
-    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        rundir.write_config(temporary, config)
-        with checkpoint.open_manager(rundir.checkpoints(temporary)) as manager:
-            checkpoint.save(manager, state, record)
-        os.replace(temporary, run_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir} cannot be written ({error}): name another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        # Elsewhere until it is whole.
+        with tempfile.TemporaryDirectory(
+            prefix=f".{run_dir.name}.", suffix=".tmp", dir=run_dir.parent
+        ) as temporary:
+            unfinished = Path(temporary, run_dir.name)
+            unfinished.mkdir()
+            rundir.write_config(unfinished, config)
+            with checkpoint.open_manager(rundir.checkpoints(unfinished)) as manager:
+                checkpoint.save(manager, state, record)
+            os.replace(unfinished, run_dir)
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} cannot be written ({error.strerror}): name another folder"
+        ) from None
     return config, content.network is not None
 
 

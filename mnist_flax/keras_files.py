@@ -160,6 +160,10 @@ def _content(archive: dict[str, np.ndarray]) -> Content:
     if found["config"] is None:
         dropouts = sum(name.startswith("dropout") for name in layers)
         if found["named"] == "numbered":
+            if foreign := keras_layers.foreign(layers):
+                raise UserError(
+                    f"it has layers that none of the seven networks has: {', '.join(foreign)}"
+                )
             # The convolutions come first, in each of the seven networks.
             layers = dict(sorted(layers.items(), key=lambda item: item[0].startswith("dense")))
         return Content(None, [arrays for arrays in layers.values() if arrays], dropouts)

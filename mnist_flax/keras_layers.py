@@ -18,6 +18,11 @@ from mnist_flax.errors import UserError
 Config = dict[str, Any]
 
 _MOST_LAYERS = 100
+# What Keras calls the layers of the seven networks, however they are written.
+_NUMBERED = re.compile(
+    r"(input_layer|reshape|conv2d|max_pooling2d|concatenate|flatten|dense|dropout"
+    r"|activation|re_lu|softmax)(_\d+)?"
+)
 # Options that the seven networks leave alone, and how Keras writes that.
 _USUAL = {
     "use_bias": (True,),
@@ -185,12 +190,14 @@ def describe(config: Config) -> Described:
         if name not in result:
             taken = tuple(visit(i) for i in inputs[name]) or (-1,)
             kind, options = _kind(layers[name]), layers[name]["config"]
+            # The operation of that name is called with its shape.
+            reshapes = kind == "Reshape" and "target_shape" in options
             if taken == (-1,):
                 shape = options.get("batch_shape") or options.get("batch_input_shape") or shape
-                if kind == "Reshape":
+                if reshapes:
                     shape = [None, *options["target_shape"]]
             text = _text(kind, options)
-            if taken == (-1,) and kind in ("InputLayer", "Reshape"):
+            if taken == (-1,) and (kind == "InputLayer" or reshapes):
                 result[name] = -1
             elif text in _ACTIVATIONS and len(inputs[name]) == 1 and linear(inputs[name][0]):
                 (position,) = taken
@@ -267,6 +274,11 @@ def numbered(kinds: Iterable[str]) -> list[str]:
     return names
 
 
+def foreign(names: Iterable[str]) -> list[str]:
+    """Which layers, called by class and number, are of classes that no network has."""
+    return sorted(name for name in names if not _NUMBERED.fullmatch(name))
+
+
 def _kind(layer: Config) -> str:
     """The class of a layer, with its package where that is not Keras."""
     module = layer.get("module") or "keras"
@@ -336,13 +348,22 @@ def _inbound(calls: list) -> list[str]:
         raise UserError("it holds a network that uses one layer several times")
     (call,) = calls
     if isinstance(call, dict):
-        tensors, *others = call["args"]
+        tensors, *options = call["args"]
         tensors = tensors if isinstance(tensors, list) else [tensors]
-        options = [*others, *call.get("kwargs", {}).values()]
-        names = [tensor["config"]["keras_history"][0] for tensor in tensors]
+        options += call.get("kwargs", {}).values()
     else:
-        options = [value for tensor in call for value in dict(*tensor[3:]).values()]
-        names = [tensor[0] for tensor in call]
+        tensors, options = call, []
+    names = []
+    for tensor in tensors:
+        match tensor:
+            case {"config": {"keras_history": [str(name), *_]}}:
+                names.append(name)
+            case [str(name), int(), int(), *kwargs]:
+                names.append(name)
+                options += dict(*kwargs).values()
+            case _:
+                # Such as the 1 of 1 - x.
+                options.append("a constant")
     # Such as training=True, by which dropout acts in prediction too.
     if any(option not in (None, False) for option in options):
         raise UserError("it holds a network that calls a layer with further arguments")

@@ -90,11 +90,9 @@ def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
         UserError: another process trains there, or left something since `check`; the folder cannot
             be written.
     """
-    try:
+    with _faults_said(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / _LOCK).open("w")
-    except OSError as error:
-        raise _not_writable(run_dir, error) from None
     # The system unlocks what is closed, also when the process is killed.
     with lock:
         try:
@@ -112,20 +110,29 @@ def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
             )
         # The file stays: one that was unlinked could be locked twice.
         check(run_dir, config)
-        try:
-            write_config(run_dir, config)
-        except OSError as error:
-            raise _not_writable(run_dir, error) from None
+        write_config(run_dir, config)
         yield
 
 
+@contextmanager
+def _faults_said(run_dir: Path) -> Iterator[None]:
+    """Raises UserError where the folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the run folder {run_dir} cannot be written ({error.strerror}): make room there and "
+            "start again, or name another"
+        ) from None
+
+
 def write_config(run_dir: Path, config: ConfigDict) -> None:
-    """Writes config.json, all of it or nothing."""
+    """Writes config.json, all of it or nothing.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     write_json(run_dir / "config.json", config.to_dict())
-
-
-def _not_writable(run_dir: Path, error: OSError) -> UserError:
-    return UserError(f"the run folder {run_dir} cannot be written ({error.strerror}): name another")
 
 
 def read_config(run_dir: Path) -> ConfigDict:
@@ -182,7 +189,11 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Marks the run as finished."""
+    """Marks the run as finished.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     write_json(run_dir / "summary.json", summary)
 
 
@@ -195,7 +206,7 @@ def start_metrics(run_dir: Path, step: int) -> None:
     """Leaves in metrics.jsonl what was written up to `step`, where a resumed run goes on.
 
     Raises:
-        UserError: it is damaged or cannot be read.
+        UserError: it is damaged, or cannot be read or written.
     """
     path = run_dir / "metrics.jsonl"
     try:
@@ -216,12 +227,17 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
-    """Adds one JSON object as a line to metrics.jsonl."""
-    with (run_dir / "metrics.jsonl").open("a") as file:
+    """Adds one JSON object as a line to metrics.jsonl.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with _faults_said(run_dir), (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with _faults_said(path.parent):
+        temporary.write_text(text)
+        os.replace(temporary, path)

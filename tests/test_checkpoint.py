@@ -1,5 +1,6 @@
 import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,51 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, start, damage):
     with checkpoint.open_manager(folder) as manager:
         checkpoint.save(manager, at(start, 2), {"note": 2})
     assert_equal(restore(folder, start)[0], at(start, 2))
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"watch_accuracy": null}'])
+def test_a_damaged_accuracy_costs_no_checkpoint_but_its_place_as_the_best(tmp_path, start, text):
+    folder = saved(tmp_path / "c", start, [0.5, 0.9, 0.8, 0.7])
+    (folder / "2/metrics/metrics").write_text(text)
+    assert restore(folder, start)[1] == {"note": 4}
+    assert restore(folder, start, step=2)[1] == {"note": 2}
+    with (
+        pytest.warns(UserWarning, match="the accuracy in checkpoint 2 is damaged"),
+        checkpoint.open_manager(folder) as manager,
+    ):
+        assert checkpoint.restore(manager, lambda record: start)[1] == {"note": 4}
+        checkpoint.save(manager, at(start, 5), {"note": 5}, 0.6)
+        checkpoint.save(manager, at(start, 6), {"note": 6}, 0.6)
+    assert steps_in(folder) == [3, 5, 6]
+
+
+def test_no_room_for_a_checkpoint_is_said_and_costs_none(tmp_path, start, monkeypatch):
+    folder = saved(tmp_path / "c", start, [None])
+    free = sum(leaf.nbytes for leaf in jax.tree.leaves(start))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with (
+        checkpoint.open_manager(folder) as manager,
+        pytest.raises(UserError, match=r"takes 1.7 MiB, and 0.7 MiB are free .* make room there"),
+    ):
+        checkpoint.save(manager, at(start, 2), {"note": 2})
+    assert restore(folder, start)[1] == {"note": 1}
+
+
+@pytest.mark.parametrize("when", ["save", "close"])
+def test_a_save_that_fails_is_said(tmp_path, start, monkeypatch, when):
+    def fail(self, *args, **kwargs):
+        raise ValueError('RESOURCE_EXHAUSTED: Error writing "key/0"\nand much more')
+
+    close = checkpoint.ocp.CheckpointManager.close
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, when, fail)
+    message = r"cannot be written to .*c \(RESOURCE_EXHAUSTED: Error writing \"key/0\"\): make room"
+    with (
+        pytest.raises(UserError, match=message),
+        checkpoint.open_manager(tmp_path / "c") as manager,
+    ):
+        checkpoint.save(manager, at(start, 1), {})
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "close", close)
+    manager.close()
 
 
 def test_damaged_later_checkpoints_do_not_count_as_the_latest(tmp_path, start):

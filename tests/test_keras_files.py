@@ -513,9 +513,29 @@ def test_a_layer_called_with_arguments_is_refused():
     with pytest.raises(UserError, match="calls a layer with further arguments"):
         keras_layers.describe(config)
     config = json.loads((FOLDER / "branched_keras2.json").read_text())
-    config["config"]["layers"][2]["inbound_nodes"][0][0][3] = {"training": True}
+    calls = config["config"]["layers"][2]["inbound_nodes"]
+    calls[0][0][3] = {"training": True}
     with pytest.raises(UserError, match="calls a layer with further arguments"):
         keras_layers.describe(config)
+    # As Keras 2 writes 1 - x.
+    calls[0] = ["_CONSTANT_VALUE", -1, 1.0, {"y": ["input_1", 0, 0], "name": None}]
+    with pytest.raises(UserError, match="calls a layer with further arguments"):
+        keras_layers.describe(config)
+
+
+def test_operations_in_front_are_said():
+    config = json.loads((FOLDER / "branched_keras3.json").read_text())
+    first = config["config"]["layers"][1]
+    tensors = first["inbound_nodes"][0]["args"]
+    # As Keras 3 writes 1 - x.
+    first["inbound_nodes"][0]["args"] = [1.0, *tensors]
+    with pytest.raises(UserError, match="calls a layer with further arguments"):
+        keras_layers.describe(config)
+    first["inbound_nodes"][0]["args"] = tensors
+    # The operation, which has its shape elsewhere than the layer.
+    first |= {"class_name": "Reshape", "config": {"name": first["name"]}}
+    first["registered_name"] = None
+    assert keras_layers.describe(config).nodes[0].text == "Reshape"
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "28", 1025, 10**30])
@@ -539,6 +559,19 @@ def test_weights_that_are_not_those_of_the_images_are_refused(tmp_path):
 def test_logits_are_as_good_as_probabilities(tmp_path):
     change = lambda c: layer(c, "dense_2").update(activation="linear")  # noqa: E731
     assert taken(changed_config(tmp_path, change)) == "larger"
+
+
+def test_weights_among_other_layers_are_refused(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    export_keras.export_file(loaded("larger"), path)
+    with h5py.File(path, "a") as file:
+        file.create_group("layers/activation/vars")
+    assert taken(path) == "larger"
+    with h5py.File(path, "a") as file:
+        for name in ("rescaling", "leaky_re_lu_1"):
+            file.create_group(f"layers/{name}/vars")
+    with pytest.raises(UserError, match="none of the seven networks has: leaky_re_lu_1, rescaling"):
+        taken(path)
 
 
 def test_weights_that_fit_two_networks_leave_it_open(tmp_path):
@@ -684,6 +717,7 @@ def theano(parent, kernel):
         (lambda p, k: p.create_dataset("kernel:0", data=k[0, 0, 0]), "has the shape"),
         (lambda p, k: p.create_dataset("kernel:0", (0, 0, 0, 0), "f4"), "has the shape"),
         (lambda p, k: p.create_dataset("kernel:0", data=k + np.nan), "numbers that are NaN"),
+        (lambda p, k: p.create_dataset("kernel:0", data=k.astype("f2").view("V2")), "is bfloat16"),
         (theano, "Theano mirrors kernels"),
     ],
 )
@@ -691,6 +725,18 @@ def theano(parent, kernel):
 def test_a_hostile_array_is_not_read(make, message, tmp_path):
     with pytest.raises(UserError, match=message):
         taken(kernel_replaced(tmp_path, make))
+
+
+@pytest.mark.usefixtures("read_here")
+def test_one_array_in_many_places_is_not_read_so_often(tmp_path):
+    path = tmp_path / "hostile.weights.h5"
+    with h5py.File(path, "w") as file:
+        file["layers/dense/vars/0"] = np.zeros((1000, 1000), np.float32)
+        for i in range(1, 100):
+            file[f"layers/dense_{i}/vars/0"] = file["layers/dense/vars/0"]
+    assert path.stat().st_size < 5e6
+    with pytest.raises(UserError, match=r"its arrays take more than 4,\d{3},\d{3} bytes"):
+        keras_files.read(path)
 
 
 def archive(path, **members):
@@ -778,6 +824,12 @@ def test_a_failed_import_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="run cannot be written .*No space left"):
         import_keras.import_file(FOLDER / FILES[0], tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_import_may_be_open_to_others(tmp_path):
+    import_keras.import_file(FOLDER / FILES[0], tmp_path / "run")
+    (tmp_path / "made").mkdir()
+    assert (tmp_path / "run").stat().st_mode == (tmp_path / "made").stat().st_mode
 
 
 def test_paths_that_cannot_be_are_one_sentence(tmp_path):

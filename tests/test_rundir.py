@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -186,6 +187,17 @@ def test_metrics_go_on_where_a_resumed_run_does(tmp_path):
         file.write('{"step": 2')
     rundir.start_metrics(tmp_path, 12)
     assert rundir.read_metrics(tmp_path) == [{"step": 6}, {"step": 12}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_said(tmp_path):
+    message = "cannot be written .No space left on device.: make room there and start again"
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=message):
+        rundir.append_metrics(tmp_path, {"step": 1})
+    (tmp_path / "summary.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=message):
+        rundir.write_summary(tmp_path, {})
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
