@@ -3,9 +3,12 @@
 On GPU and TPU a convolution is XLA's own (cuDNN on GPU). XLA's convolution is slow on CPU, and
 many times slower again inside a loop such as `lax.scan`, so that there it is written as matrix
 products, of which `cpu_conv.py` has the forms. `lax.platform_dependent` chooses when the program is
-lowered, so one traced function serves every platform.
+lowered, so one traced function serves every platform. What is sharded over explicit axes of a mesh
+takes XLA's own everywhere, since the loops of the others have no rule for it.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from mnist_flax import conv_pair, cpu_conv, pooling, random_bits, tiles
+from mnist_flax import conv_pair, cpu_conv, pooling, random_bits, shardings, tiles
 from mnist_flax.errors import UserError
 
 # Up to so many, a kernel's gradient as outer products takes less time than as a matrix product.
@@ -45,8 +48,9 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, OH, OW, features]; raises UserError if OH or OW is 0."""
         kernel_shape = (*self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.glorot_uniform(), kernel_shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        # Also where JAX makes 64 bits the default.
+        kernel = self.param("kernel", nn.initializers.glorot_uniform(), kernel_shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         return (conv_relu_pool if self.pool else conv_relu)(x, kernel, bias, self.padding)
 
@@ -99,7 +103,8 @@ class Flatten(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0], -1)
+        # Not -1, which a batch of no images leaves open.
+        return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def conv_output_size(
@@ -137,13 +142,8 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
         UserError: the kernel does not fit into the image.
     """
     conv_output_size(x.shape[1:3], kernel.shape[:2], padding)
-    return lax.platform_dependent(
-        x,
-        kernel,
-        bias,
-        cpu=partial(cpu_conv.conv_relu, padding=padding),
-        default=partial(_xla_conv_relu, padding=padding),
-    )
+    on_cpu = partial(cpu_conv.conv_relu, padding=padding)
+    return _by_platform(on_cpu, partial(_xla_conv_relu, padding=padding), x, kernel, bias)
 
 
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
@@ -156,13 +156,8 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
         UserError: the kernel does not fit into the image, or the pool into the output.
     """
     pooling.check(conv_output_size(x.shape[1:3], kernel.shape[:2], padding))
-    return lax.platform_dependent(
-        x,
-        kernel,
-        bias,
-        cpu=partial(cpu_conv.conv_relu_pool, padding=padding),
-        default=partial(_xla_conv_relu_pool, padding=padding),
-    )
+    on_cpu = partial(cpu_conv.conv_relu_pool, padding=padding)
+    return _by_platform(on_cpu, partial(_xla_conv_relu_pool, padding=padding), x, kernel, bias)
 
 
 def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
@@ -177,12 +172,14 @@ def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
     if second.pool:
         pooling.check(size)
     x = x.astype(weights[0].dtype)
-    return lax.platform_dependent(
-        x,
-        *weights,
-        cpu=partial(conv_pair.conv_relu_twice, pool=second.pool),
-        default=partial(_xla_conv_relu_twice, pool=second.pool),
-    )
+    on_cpu = partial(conv_pair.conv_relu_twice, pool=second.pool)
+    return _by_platform(on_cpu, partial(_xla_conv_relu_twice, pool=second.pool), x, *weights)
+
+
+def _by_platform(on_cpu: Callable, default: Callable, *operands: jax.Array) -> jax.Array:
+    if shardings.explicit(*operands):
+        return default(*operands)
+    return lax.platform_dependent(*shardings.alike(*operands), cpu=on_cpu, default=default)
 
 
 def _xla_conv_relu_twice(x, kernel1, bias1, kernel2, bias2, *, pool):
@@ -206,9 +203,9 @@ def _xla_conv(x, kernel, padding):
 
 def dense_product(x: jax.Array, kernel: jax.Array, dimension_numbers, precision=None) -> jax.Array:
     """`lax.dot_general` for `flax.linen.Dense`, with a faster gradient on CPU."""
-    if x.ndim != 2 or precision is not None:
+    if x.ndim != 2 or precision is not None or shardings.explicit(x, kernel):
         return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
-    return _product(x, kernel)
+    return _product(*shardings.alike(x, kernel))
 
 
 @jax.custom_vjp

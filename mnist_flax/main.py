@@ -6,6 +6,7 @@ FILE is a recipe such as configs/larger.py, DATASET another data set than MNIST,
 Without --workdir the run folder is runs/NAME-TIME. The same command on the same folder resumes.
 """
 
+import os
 import re
 import sys
 import time
@@ -71,7 +72,8 @@ def parse() -> tuple[ConfigDict, str | None]:
     if not isinstance(recipe.value, ConfigDict):
         name = config_flags.get_config_filename(values["config"])
         raise UserError(f"there is no recipe file {name}: try configs/larger.py")
-    return recipe.value, workdir.value
+    # A shell expands it at the start of a word only.
+    return recipe.value, workdir.value and os.path.expanduser(workdir.value)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """2×2 max-pooling with stride 2."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mnist_flax import shardings
 from mnist_flax.errors import UserError
 
 
-@jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
     """2×2 max-pooling with stride 2 of [B, H, W, C]; an odd last row or column is left out.
 
@@ -17,12 +18,17 @@ def max_pool(x: jax.Array) -> jax.Array:
     Raises:
         UserError: the image is smaller than 2×2.
     """
+    check(x.shape[1:3])
+    return nn.max_pool(x, (2, 2), (2, 2)) if shardings.explicit(x) else _max_pool(x)
+
+
+@jax.custom_vjp
+def _max_pool(x):
     return _max_pool_fwd(x)[0]
 
 
 def _max_pool_fwd(x):
     h, w = x.shape[1:3]
-    check((h, w))
     corners = [x[:, i : h // 2 * 2 : 2, j : w // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)]
     pooled, first = first_of_largest(*corners)
     # The empty array tells the gradient the height and width, which odd sizes would lose.
@@ -39,7 +45,7 @@ def _max_pool_bwd(residuals, g):
     return (jnp.pad(dx, ((0, 0), (0, h - 2 * oh), (0, w - 2 * ow), (0, 0))),)
 
 
-max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+_max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
 def check(size: tuple[int, int]) -> None:

@@ -38,20 +38,23 @@ def read(path: Path, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
     if shape[2] not in (1, 3):
         raise UserError(f"image files have 1 or 3 channels, and the network takes {shape[2]}")
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
+        image = Image.open(path)
+        # Of a PGM they come as 32.
+        has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+        image = ImageOps.exif_transpose(image)
+        if has_16_bits:
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise UserError("it has pixels of 32 bits")
+        elif image.has_transparency_data:
+            paper = Image.new("RGBA", image.size, "white" if invert else "black")
+            image = Image.alpha_composite(paper, image.convert("RGBA"))
+        image = image.convert("L" if shape[2] == 1 else "RGB")
     except Exception as error:
         # Pillow raises whatever the damage leads to, SyntaxError among it.
         raise UserError(
-            f"{path} cannot be read as an image ({error}): give a PNG or JPEG"
+            f"{path} cannot be read as an image ({error}): give a PNG or JPEG of 8 or 16 bits"
         ) from None
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise UserError(f"{path} has pixels of 32 bits: give 8 or 16 bits")
-    elif image.has_transparency_data:
-        paper = Image.new("RGBA", image.size, "white" if invert else "black")
-        image = Image.alpha_composite(paper, image.convert("RGBA"))
-    image = image.convert("L" if shape[2] == 1 else "RGB")
     image = image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
     return np.asarray(ImageOps.invert(image) if invert else image).reshape(shape)
 

@@ -102,7 +102,8 @@ class Trained:
             return images
         if not np.issubdtype(images.dtype, np.floating):
             raise UserError(f"images are {images.dtype}: give uint8, or float in [0, 1]")
-        if images.size and not (images.min() >= 0 and images.max() <= 1):
+        # Resizing rounds.
+        if images.size and not (images.min() >= -1e-6 and images.max() <= 1 + 1e-6):
             raise UserError(
                 f"float images reach from {images.min():g} to {images.max():g}: scale them to "
                 "[0, 1], or give uint8"

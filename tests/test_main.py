@@ -40,6 +40,8 @@ def test_overrides_reach_the_configuration(monkeypatch):
     )
     assert (config.name, config.batch_size, workdir) == ("larger-digits", 7, None)
     assert config.data.train_split == "train[5:]"
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(monkeypatch, LARGER, "--workdir=~/runs/x")[1] == "/home/me/runs/x"
 
 
 @pytest.mark.parametrize(

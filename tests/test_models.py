@@ -243,6 +243,20 @@ def test_images_too_small_are_refused(name):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 5, 5, 1)))
 
 
+@pytest.mark.parametrize("name", models.names())
+def test_no_images_have_no_logits(name):
+    model = models.create(name)
+    images = jnp.zeros((0, 28, 28, 1))
+    assert jax.eval_shape(model.apply, random_variables(model), images).shape == (0, 10)
+
+
+def test_parameters_are_float32_where_64_bits_are_the_default():
+    with jax.enable_x64(True):
+        image = jnp.zeros((1, 28, 28, 1), jnp.float32)
+        params = jax.eval_shape(models.create("baseline").init, jax.random.key(0), image)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
 def test_bfloat16_keeps_parameters_and_logits_in_float32():
     model = models.create("larger", dtype=jnp.bfloat16)
     params = random_variables(model)["params"]

@@ -132,7 +132,7 @@ def test_dropout_changes_with_the_step_and_the_device_and_with_nothing_else():
 
 def parallel_step(train_step, how):
     """`train_step` over four devices: from a state and a batch to the state and metrics."""
-    train_step = partial(train_step, axis_name="devices")
+    whole_step, train_step = train_step, partial(train_step, axis_name="devices")
     if how == "pmap":
 
         def run(start, batch):
@@ -143,8 +143,18 @@ def parallel_step(train_step, how):
             return jax.tree.map(lambda a: a[0], results)
 
         return run
-    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
+    if how == "explicit axes":
+        mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Explicit,))
+        everywhere, shared = (jax.NamedSharding(mesh, s) for s in (spec(), spec("devices")))
+
+        def shared_out(start, batch):
+            with jax.set_mesh(mesh):
+                arguments = jax.device_put(start, everywhere), jax.device_put(batch, shared)
+                return jax.device_get(jax.jit(whole_step)(*arguments))
+
+        return shared_out
+    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     # Without a check of what varies, and with it, `grad` treats shared parameters differently.
     return jax.jit(
         jax.shard_map(
@@ -157,7 +167,7 @@ def parallel_step(train_step, how):
     )
 
 
-@pytest.mark.parametrize("how", ["pmap", "shard_map", "unchecked shard_map"])
+@pytest.mark.parametrize("how", ["pmap", "shard_map", "unchecked shard_map", "explicit axes"])
 def test_several_devices_give_the_single_devices_result(how):
     model = models.create("convnet")
     # By plain descent, as Adam and RMSprop hide a gradient that is twice too large.
@@ -171,6 +181,40 @@ def test_several_devices_give_the_single_devices_result(how):
     many, many_metrics = parallel_step(train_step, how)(start, batch)
     assert_equal(many.params, single.params, atol=1e-6)
     assert_equal(many_metrics, metrics, rtol=1e-6)
+
+
+def test_a_gradient_of_ones_own_under_shard_map_is_the_single_devices():
+    model = models.create("convnet")
+    params, batch = random_state(model, optax.sgd(0.1)).params, random_batch(16)
+
+    def loss(params, batch):
+        return steps.measure(model.apply({"params": params}, batch.images), batch).loss_sum
+
+    def gradient(params, batch):
+        return jax.grad(lambda params: lax.psum(loss(params, batch), "devices"))(params)
+
+    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    specs = spec(), spec("devices")
+    parallel = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=spec()))
+    expected = jax.jit(jax.grad(loss))(params, batch)
+    assert_equal(parallel(params, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_network_takes_images_shared_out_by_explicit_axes(name):
+    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Explicit,))
+
+    def abstract(tree, *axes):
+        sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        like = partial(jax.ShapeDtypeStruct, sharding=sharding)
+        return jax.tree.map(lambda a: like(a.shape, a.dtype), tree)
+
+    start, train_step = setting(models.create(name))
+    with jax.set_mesh(mesh):
+        batch = abstract(random_batch(64), "devices")
+        after, _ = jax.eval_shape(train_step, abstract(start), batch)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, start)
 
 
 def test_scores_of_several_devices_are_added():
