@@ -1,7 +1,7 @@
 """MNIST networks in Flax: model definitions, a pure train step and runs that can be trusted.
 
-from mnist_flax import models              # the networks, for your own training
-mnist_flax.train_and_evaluate(config, workdir)
+from mnist_flax import config, models      # the networks, for your own training
+mnist_flax.train_and_evaluate(config.default(), workdir)
 mnist_flax.load(workdir).predict(images)
 """
 

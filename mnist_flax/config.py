@@ -52,7 +52,8 @@ def default() -> ConfigDict:
                 "train_split": "train",
                 "watch_split": "test",
                 "test_split": "test",
-                # Folder with the four official .gz files; "" downloads them through TFDS.
+                # Folder with the four official .gz files; "" takes MNIST_FLAX_MANUAL_DIR, or else
+                # downloads them.
                 "manual_dir": "",
                 # "resident": all on the device at once; "stream": decoded while training.
                 "loader": "resident",

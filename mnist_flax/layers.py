@@ -46,7 +46,11 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C] to [B, OH, OW, features]; raises UserError if OH or OW is 0."""
+        """Maps [B, H, W, C] to [B, OH, OW, features], with `pool` [B, OH // 2, OW // 2, features].
+
+        Raises:
+            UserError: nothing is left of the image.
+        """
         kernel_shape = (*self.kernel_size, x.shape[-1], self.features)
         # Also where JAX makes 64 bits the default.
         kernel = self.param("kernel", nn.initializers.glorot_uniform(), kernel_shape, jnp.float32)
@@ -114,9 +118,12 @@ def conv_output_size(
 
     Raises:
         UserError: the kernel does not fit into the image.
+        ValueError: padding is neither "VALID" nor "SAME".
     """
     if padding == "SAME":
         return size
+    if padding != "VALID":
+        raise ValueError(f'padding is {padding!r}: give "VALID" or "SAME"')
     out = tuple(n - k + 1 for n, k in zip(size, kernel_size, strict=True))
     if min(out) < 1:
         raise UserError(
@@ -152,6 +159,9 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
     Bias and ReLU come after the pool: both keep the order of the numbers, so that the values and
     gradients are the same, for a quarter of the work.
 
+    Returns:
+        [B, OH // 2, OW // 2, F] of the operands' dtype.
+
     Raises:
         UserError: the kernel does not fit into the image, or the pool into the output.
     """
@@ -162,6 +172,9 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
 
 def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
     """second(first(x)) of 'valid' convolutions that have parameters, in one loop on CPU.
+
+    Returns:
+        [B, OH, OW, F] of the second's dtype, with its pool [B, OH // 2, OW // 2, F].
 
     Raises:
         UserError: a kernel does not fit into the image, or the pool into the output.

@@ -4,10 +4,11 @@
     variables = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     logits = model.apply(variables, images)
 
-Every network takes float32 images in [0, 1], [B, H, W, C], and gives float32 logits
-[B, num_classes]. `train=True` turns dropout on and needs `rngs={"dropout": key}`. Weights start
-as in Keras: Glorot-uniform kernels and zero biases. Any image size that survives the pools will
-do, with any number of channels and classes.
+Every network takes images [B, H, W, C] in [0, 1] of any dtype, which is cast (uint8 must be scaled:
+`steps.scale`), and gives logits [B, num_classes], float32 or wider. `train=True` turns dropout on
+and needs `rngs={"dropout": key}` where there is any. Weights start as in Keras: Glorot-uniform
+kernels and zero biases. Any image size that survives the pools will do, a smaller one raises
+`UserError`; so will any number of channels and classes.
 """
 
 from functools import partial

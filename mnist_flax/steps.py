@@ -108,7 +108,8 @@ def train_step(
 
     Args:
         state: parameters, optimiser and key before the step.
-        batch: examples, of which the mask lets through at least one, on all devices together.
+        batch: examples, with `axis_name` the device's own share, of which the mask lets through at
+            least one, on all devices together.
         model: a network whose `apply` takes images and `train`, and gives logits [B, classes].
         tx: the optimiser that made `state.opt_state`.
         axis_name: under `jax.pmap` or `shard_map` the axis over which the batch is split.
@@ -176,10 +177,20 @@ def train_epoch(
     tx: optax.GradientTransformation,
     axis_name: Axis = None,
 ) -> tuple[TrainState, Metrics]:
-    """`train_step` over each row of `batches`, int32 [steps, B], in one `lax.scan`.
+    """`train_step` over each row of `batches`, in one `lax.scan`.
 
     The data set stays on the device as uint8; only indices are new. An epoch may be given in
     pieces: the states are the same.
+
+    Args:
+        state, model, tx, axis_name: as `train_step` takes them.
+        images: uint8 [N, H, W, C]; here they are scaled to [0, 1].
+        labels: int32 [N].
+        batches: int32 [steps, B], with `axis_name` the device's own share of each batch; -1 is
+            padding. Each batch has an example, on all devices together.
+
+    Returns:
+        The state after the last step, and the metrics of all steps and devices together.
     """
     epoch = partial(_train_epoch, model=model, axis_name=axis_name)
     whole = partial(epoch, update=partial(optim.update, tx))
@@ -221,7 +232,7 @@ def eval_epoch(
     model: nn.Module,
     axis_name: Axis = None,
 ) -> Metrics:
-    """`eval_step` over each row of `batches`, int32 [steps, B], in one `lax.scan`."""
+    """`eval_step` over each row of `batches`, in one `lax.scan`; arguments as for `train_epoch`."""
 
     def step(total, indices):
         batch = gather(images, labels, indices)

@@ -79,9 +79,10 @@ class Position:
 def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     """Trains a network as configured, scores it on the test split and leaves a run folder.
 
-    Called again on the same folder it resumes after the newest checkpoint, giving bit for bit
-    the parameters of a run that was never stopped, on as many devices of the same kind; for a
-    finished run it returns the summary.
+    Called again on the same folder it resumes after the newest checkpoint; on CPU with as many
+    devices that gives bit for bit the parameters of a run that was never stopped. For a finished
+    run it returns the summary. On CPU each core becomes a device only if this is called before
+    JAX's first computation.
 
     Args:
         config: as `config.default()`, which says what each key means.
@@ -92,7 +93,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
     Raises:
         UserError: what was given cannot be run, or training diverged; another process trains in
-            the folder.
+            the folder, or it cannot be written.
         signals.Stopped: SIGINT or SIGTERM arrived; what was trained is saved.
     """
     began = time.perf_counter()

@@ -129,8 +129,8 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
         seed: which network of a run with several seeds; not needed where there is one.
 
     Raises:
-        UserError: the folder is no run, has no checkpoint that can be read or no such seed; JAX
-            has no device.
+        UserError: the folder is no run, has no checkpoint that can be read, not that step or not
+            that seed, or leaves open which seed; JAX has no device.
     """
     run_dir = Path(workdir)
     config = rundir.read_config(run_dir)

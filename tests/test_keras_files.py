@@ -832,6 +832,22 @@ def test_an_import_may_be_open_to_others(tmp_path):
     assert (tmp_path / "run").stat().st_mode == (tmp_path / "made").stat().st_mode
 
 
+def test_an_imported_run_trains_on(tmp_path):
+    run = loaded("baseline")
+    export_keras.export_file(run, tmp_path / "model.keras")
+    import_keras.import_file(tmp_path / "model.keras", tmp_path / "run", dataset="digits")
+    config = trained.load(tmp_path / "run").config
+    # One step of gradients times nothing: the weights are those of the file.
+    with (tmp_path / "run/config.json").open("w") as file:
+        config.update(epochs=1, learning_rate=1e-30)
+        config.data.train_split = "train[:32]"
+        json.dump(config.to_dict(), file)
+    summary = train.train_and_evaluate(config, tmp_path / "run")
+    after = trained.load(tmp_path / "run")
+    assert after.step == 1 and summary["train_examples"] == 32
+    assert_equal(after.variables["params"], run.variables["params"])
+
+
 def test_paths_that_cannot_be_are_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "x.keras", tmp_path / ("x" * 300 + ".keras")):

@@ -243,6 +243,13 @@ def test_images_too_small_are_refused(name):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 5, 5, 1)))
 
 
+def test_another_padding_is_refused():
+    with pytest.raises(ValueError, match='padding is \'valid\': give "VALID" or "SAME"'):
+        jax.eval_shape(
+            layers.Conv(4, (3, 3), "valid").init, jax.random.key(0), jnp.zeros((1, 8, 8, 1))
+        )
+
+
 @pytest.mark.parametrize("name", models.names())
 def test_no_images_have_no_logits(name):
     model = models.create(name)
