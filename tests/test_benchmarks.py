@@ -233,7 +233,7 @@ def test_shares_of_the_limit_and_of_a_step():
 
 
 def test_a_profile_names_the_parts_of_a_step():
-    found = limits.profile("larger")
+    found = limits.profile("baseline")
     assert set(found["parts"]) == {"forward", "backward", "optimizer", "gather", "other"}
     assert found["parts"]["backward"] > found["parts"]["forward"] > 0
     assert found["step"] > 0 and len(found["largest"]) == 5

@@ -12,8 +12,8 @@ from mnist_flax.errors import UserError
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory, prepared):
-    config = config_lib.recipe("small", "mnist", model="larger", data__name="digits", epochs=2)
-    config.batch_size = 25
+    config = config_lib.recipe("small", "mnist", model="baseline", data__name="digits", epochs=2)
+    config.batch_size, config.data.train_split = 25, "train[:500]"
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(prepared))
@@ -82,17 +82,17 @@ def test_evaluate_counts_every_example_of_a_split(run):
 
 
 def test_a_checkpoint_is_chosen_by_its_step(run_dir, run):
-    assert run.step == 120
-    assert trained.load(run_dir, step=60).step == 60
-    with pytest.raises(UserError, match=r"no checkpoint of step 61: it has \[120, 60\]"):
-        trained.load(run_dir, step=61)
+    assert run.step == 40
+    assert trained.load(run_dir, step=20).step == 20
+    with pytest.raises(UserError, match=r"no checkpoint of step 21: it has \[40, 20\]"):
+        trained.load(run_dir, step=21)
 
 
 def test_evaluate_prints_the_score(run_dir, run, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate", str(run_dir)])
     evaluate.main()
     out = capsys.readouterr().out
-    assert "larger after step 120, on test of digits\n" in out
+    assert "baseline after step 40, on test of digits\n" in out
     right = round(run.evaluate()["accuracy"] * 297)
     assert f"Test accuracy: {right / 297:.2%} ({right} of 297 right)" in out
 
