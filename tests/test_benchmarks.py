@@ -235,7 +235,7 @@ def test_shares_of_the_limit_and_of_a_step():
 def test_a_profile_names_the_parts_of_a_step():
     found = limits.profile("baseline")
     assert set(found["parts"]) == {"forward", "backward", "optimizer", "gather", "other"}
-    assert found["parts"]["backward"] > found["parts"]["forward"] > 0
+    assert all(found["parts"][part] > 0 for part in ("forward", "backward", "optimizer", "gather"))
     assert found["step"] > 0 and len(found["largest"]) == 5
 
 
