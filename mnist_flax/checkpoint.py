@@ -38,7 +38,7 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
     Closing waits for a save under way, so that none is lost.
 
     Raises:
-        UserError: the last save could not be written.
+        UserError: the last save could not be written, or a metric of one before cannot be read.
     """
     policies = [
         preservation_policy.LatestN(2),
@@ -66,11 +66,17 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
 
 
 def _leave_out_damaged_metrics(folder: Path) -> None:
-    """Orbax reads those of all checkpoints when it opens a folder, and fails at a damaged one."""
+    """Orbax reads those of all checkpoints when it opens a folder, and fails at a damaged one.
+
+    Raises:
+        UserError: one cannot be read, which may pass.
+    """
     for path in folder.glob("*/metrics/metrics"):
         try:
             float(json.loads(path.read_bytes())[_METRIC])
-        except (OSError, ValueError, LookupError, TypeError):
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        except (ValueError, LookupError, TypeError):
             path.unlink()
             step = path.parents[1].name
             warnings.warn(

@@ -1,12 +1,13 @@
 """Convolutions with the pixels of several images side by side: [C, H, W, images].
 
-Whatever is cut out, moved, compared or added then comes in runs of as many numbers as there are
-images, whatever the number of channels, and each operand of the products lies as the product reads
-it. The four outputs that a 2×2 pool sees come from a product each, for the kernel's four places in
-the tile of the input that they see, (KH + 1)×(KW + 1): the tiles are cut once, at the stride of the
-pool, which compares whole arrays. The kernel's gradient is one product of all places with whole
-tiles: up to 16/9 of the arithmetic, but products of a place alone would be too narrow. In 16 bits,
-where products take less time than copies, so are all others.
+Whatever is cut out, moved, compared or added then comes in long runs, whatever the number of
+channels, and each operand of the products lies as the product reads it. The four outputs that a 2×2
+pool sees come from a product each, for the kernel's four places in the tile of the input that they
+see, (KH + 1)×(KW + 1): the tiles are cut once, at the stride of the pool, which compares whole
+arrays. Pixels that far apart are brought together first, so that a run is as long as a row of tiles
+and a few images, whose tiles stay in the cache, are enough. The kernel's gradient is one product of
+all places with whole tiles: up to 16/9 of the arithmetic, but products of one place would be too
+narrow. In 16 bits, where products take less time than copies, so are all others.
 """
 
 import math
@@ -19,10 +20,10 @@ from jax import lax
 
 from mnist_flax import pooling, tiles
 
-# Images side by side in a block: fewer leave vectors empty, more leave the cache. It depends on
+# Images side by side in a block: fewer make the runs short, more leave the cache. It depends on
 # nothing but the batch, so that two layers in succession have the same blocks, and XLA drops what
 # would arrange them by image in between.
-_MOST_IMAGES = 25
+_MOST_IMAGES = 8
 
 
 def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool: int) -> jax.Array:
@@ -51,7 +52,7 @@ def _blocks_fwd(x, kernel, bias, pool):
     count = _count(x, kernel, pool)
 
     def forward(block):
-        taps = tiles.taps(block, _size(kernel, pool), count, pool)
+        taps = _taps(block, _size(kernel, pool), count, pool)
         columns = [_columns([taps[i] for i in pixels], x.dtype) for pixels in seen]
         y = [tiles.dot(matrix, each).reshape(-1, len(bias), each.shape[1]) for each in columns]
         y, choice = _relu_pool([place for each in y for place in each], wide_bias)
@@ -67,6 +68,7 @@ def _blocks_bwd(pool, residuals, g):
     x, kernel, bias, choice = residuals
     seen, matrix = _products(kernel, pool)
     size, count = _size(kernel, pool), _count(x, kernel, pool)
+    run = count[1] * x.shape[4]
     places = jnp.arange(pool**2, dtype=choice.dtype)[:, None, None]
 
     def backward(totals, block):
@@ -74,7 +76,7 @@ def _blocks_bwd(pool, residuals, g):
         g = _numbers(g_bits, x.dtype).astype(tiles.sum_dtype(x)).reshape(choice.shape)
         dbias = jnp.where(choice < places.size, g, 0).sum(1)
         dy = jnp.where(choice == places, g, 0).astype(x.dtype)
-        columns = _columns(tiles.taps(x_bits, size, count, pool), x.dtype)
+        columns = _columns(_taps(x_bits, size, count, pool), x.dtype)
         # Not `dot` with a transpose, for which XLA would make float32 of bfloat16 first.
         dmatrix = lax.dot_general(
             dy.reshape(-1, dy.shape[2]),
@@ -85,11 +87,11 @@ def _blocks_bwd(pool, residuals, g):
         parts = [[] for _ in range(math.prod(size))]
         dy = dy.reshape(len(seen), matrix.shape[1], -1)
         for pixels, each in zip(seen, dy, strict=True):
-            dcolumns = tiles.dot(matrix, each).reshape(len(pixels), -1, *count, x.shape[4])
+            dcolumns = tiles.dot(matrix, each).reshape(len(pixels), -1, count[0], run)
             for i, dtap in zip(pixels, dcolumns, strict=True):
                 parts[i].append(dtap)
         dtaps = [sum(rest, first) for first, *rest in parts]
-        dx = _add(dtaps, size, pool, *x.shape[2:4])
+        dx = _add(dtaps, size, pool, *x.shape[2:])
         return (totals[0] + dmatrix, totals[1] + dbias), _bits(dx.astype(x.dtype))
 
     start = (tiles.zero(_in_places(kernel, pool)).T, tiles.zero(bias))
@@ -136,29 +138,45 @@ def _in_places(kernel, pool):
     return jnp.stack(places, axis=3).reshape(-1, pool**2 * kernel.shape[3])
 
 
+def _taps(x, size, count, stride):
+    """As `tiles.taps`, of [C, H, W, images]: [C, OH, OW·images] each."""
+    c, h, w, images = x.shape
+    rows, columns = -(-h // stride), -(-w // stride)
+    x = tiles.fit(x, rows * stride, columns * stride)
+    x = x.reshape(c, rows, stride, columns, stride, images)
+    # Pixels `stride` apart lie on one grid, from which a tap of all tiles is cut as it is.
+    grids = x.transpose(2, 4, 0, 1, 3, 5).reshape(stride, stride, c, rows, columns * images)
+    taps = []
+    for i, j in np.ndindex(*size):
+        first = (0, i // stride, j // stride * images)
+        sizes = (c, count[0], count[1] * images)
+        taps.append(lax.dynamic_slice(grids[i % stride, j % stride], first, sizes))
+    return taps
+
+
 def _columns(taps, dtype):
-    """Taps [C, OH, OW, images] as the rows of a matrix [taps·C, OH·OW·images] of numbers."""
+    """Taps [C, OH, OW·images] as the rows of a matrix [taps·C, OH·OW·images] of numbers."""
     columns = jnp.concatenate(taps)
     return _numbers(columns.reshape(len(columns), -1), dtype)
 
 
-def _add(dtaps, size, stride, h, w):
-    """The transpose of `tiles.taps`, as `tiles.add`: taps [C, OH, OW, images] as [C, h, w, images].
+def _add(dtaps, size, stride, h, w, images):
+    """The transpose of `_taps`: taps [C, OH, OW·images] summed into [C, h, w, images].
 
-    Pixels `stride` apart lie on one grid for all tiles, to which they are added in place: what is
-    first filled up with zeros XLA would add a number at a time where images come last.
+    They are added in place to the grid that they were cut from: what is first filled up with zeros
+    XLA would add a number at a time where images come last.
     """
-    c, oh, ow, images = dtaps[0].shape
-    rows, columns = (n + -(-t // stride) - 1 for n, t in zip((oh, ow), size, strict=True))
-    empty = jnp.zeros_like(dtaps[0], shape=(c, rows, columns, images))
-    grids = {place: empty for place in np.ndindex(stride, stride)}
+    c, oh, run = dtaps[0].shape
+    rows, columns = -(-h // stride), -(-w // stride)
+    empty = jnp.zeros_like(dtaps[0], shape=(c, rows, columns * images))
+    grids = {phase: empty for phase in np.ndindex(stride, stride)}
     for (i, j), dtap in zip(np.ndindex(*size), dtaps, strict=True):
-        (a, p), (b, q) = divmod(i, stride), divmod(j, stride)
-        sums = grids[p, q][:, a : a + oh, b : b + ow] + dtap
-        grids[p, q] = lax.dynamic_update_slice(grids[p, q], sums, (0, a, b, 0))
+        phase, first = (i % stride, j % stride), (0, i // stride, j // stride * images)
+        sums = lax.dynamic_slice(grids[phase], first, (c, oh, run)) + dtap
+        grids[phase] = lax.dynamic_update_slice(grids[phase], sums, first)
     grids = jnp.stack([*grids.values()], axis=1).reshape(c, stride, stride, rows, columns, images)
     x = grids.transpose(0, 3, 1, 4, 2, 5).reshape(c, rows * stride, columns * stride, images)
-    return tiles.fit(x, h, w)
+    return x[:, :h, :w]
 
 
 def _relu_pool(y, bias):

@@ -155,6 +155,18 @@ def test_a_damaged_accuracy_costs_no_checkpoint_but_its_place_as_the_best(tmp_pa
     assert steps_in(folder) == [3, 5, 6]
 
 
+def test_an_accuracy_that_cannot_be_read_now_is_kept(tmp_path, start):
+    metrics = saved(tmp_path / "c", start, [0.5]) / "1/metrics/metrics"
+    metrics.unlink()
+    metrics.mkdir()
+    with (
+        pytest.raises(UserError, match="metrics cannot be read"),
+        checkpoint.open_manager(tmp_path / "c"),
+    ):
+        pass
+    assert metrics.exists()
+
+
 def test_no_room_for_a_checkpoint_is_said_and_costs_none(tmp_path, start, monkeypatch):
     folder = saved(tmp_path / "c", start, [None])
     free = sum(leaf.nbytes for leaf in jax.tree.leaves(start))
