@@ -139,7 +139,11 @@ def _in_places(kernel, pool):
 
 
 def _taps(x, size, count, stride):
-    """As `tiles.taps`, of [C, H, W, images]: [C, OH, OW·images] each."""
+    """Cuts x [C, H, W, images] into count, OH×OW, tiles of that size, so many pixels apart.
+
+    Returns:
+        The first, second, ... pixel of all tiles, [C, OH, OW·images] each, in row-major order.
+    """
     c, h, w, images = x.shape
     rows, columns = -(-h // stride), -(-w // stride)
     x = tiles.fit(x, rows * stride, columns * stride)

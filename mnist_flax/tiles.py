@@ -10,23 +10,8 @@ import jax.numpy as jnp
 _LEAST_SPLIT = 16
 
 
-def taps(
-    x: jax.Array, size: tuple[int, int], count: tuple[int, int], stride: int
-) -> list[jax.Array]:
-    """Cuts x [B, H, W, C] into count[0]×count[1] tiles of that size, so many pixels apart.
-
-    Returns:
-        The first, second, ... pixel of all tiles, [B, *count, C] each, in row-major order.
-    """
-    return [
-        x[:, i : i + stride * count[0] : stride, j : j + stride * count[1] : stride]
-        for i in range(size[0])
-        for j in range(size[1])
-    ]
-
-
 def add(tiles: jax.Array, stride: int, h: int, w: int) -> jax.Array:
-    """The transpose of `taps`: tiles [B, TH, TW, NH, NW, C] summed into [B, h, w, C].
+    """Tiles [B, TH, TW, NH, NW, C], so many pixels apart, summed into [B, h, w, C].
 
     A tile is taken as squares of stride × stride pixels, which lie on the same grid for all
     tiles: tiles of 4×4 at stride 2 have four, so that four additions of whole images do.
