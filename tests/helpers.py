@@ -1,10 +1,19 @@
-"""Inputs drawn by NumPy: JAX would compile a program for each shape, in half a second each."""
+"""Inputs drawn by NumPy, and programs of few steps, in little time.
+
+JAX would compile a program for each shape that is drawn, in half a second each.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mnist_flax import state
+
+# `jax.jit` for what runs once or twice: LLVM's optimisations take longer than they save. What is
+# compared bit for bit, or trains, is compiled as users have it.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed, shape, dtype=jnp.float32):

@@ -9,7 +9,7 @@ from jax import lax
 
 from mnist_flax import conv_pair, cpu_conv, layers, pooling, side_by_side, tiles, winograd
 from mnist_flax.errors import UserError
-from tests.helpers import normal
+from tests.helpers import normal, quick_jit
 
 
 def reference_conv(x, kernel, bias, padding):
@@ -31,7 +31,7 @@ def assert_same(conv, x, kernel, padding, tolerance, reference=None):
     bias = normal(2, kernel.shape[3:], kernel.dtype)
 
     def with_gradients(conv):
-        @jax.jit
+        @quick_jit
         def run(x, kernel, bias):
             y, pullback = jax.vjp(lambda *operands: conv(*operands, padding), x, kernel, bias)
             return y, *pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
@@ -105,10 +105,10 @@ def test_two_convolutions_in_one_loop_are_one_after_the_other(monkeypatch, pool,
         y, pullback = jax.vjp(conv, x, *weights)
         return y, *pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape))
 
-    expected = jax.jit(partial(with_gradients, reference))()
+    expected = quick_jit(partial(with_gradients, reference))()
     forms = [conv_pair.conv_relu_twice, layers._xla_conv_relu_twice]
     for form in forms if in_one_loop else forms[:1]:
-        actual = jax.jit(partial(with_gradients, partial(form, pool=pool)))()
+        actual = quick_jit(partial(with_gradients, partial(form, pool=pool)))()
         for a, b in zip(actual, expected, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
@@ -121,7 +121,7 @@ def test_conv_in_bfloat16_sums_in_float32(channels):
     # The one rounding is the result's own: sums of about 20 that cancel would show others.
     zero = jnp.zeros(8, jnp.bfloat16)
     exact = reference_conv(x.astype(jnp.float32), kernel.astype(jnp.float32), 0, "VALID")
-    y = jax.jit(partial(layers.conv_relu, padding="VALID"))(x, kernel, zero)
+    y = quick_jit(partial(layers.conv_relu, padding="VALID"))(x, kernel, zero)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
 
 
@@ -194,7 +194,7 @@ def test_max_pool_is_linens(shape, dtype, ties):
     g = normal(1, (shape[0], shape[1] // 2, shape[2] // 2, shape[3]), dtype)
 
     def with_gradient(pool):
-        @jax.jit
+        @quick_jit
         def run(x, g):
             y, pullback = jax.vjp(pool, x)
             return y, pullback(g)[0]
@@ -229,7 +229,7 @@ def test_conv_module_has_linens_parameters_and_results(pool, padding):
         return nn.max_pool(y, (2, 2), (2, 2)) if pool else y
 
     def with_gradients(network):
-        @jax.jit
+        @quick_jit
         def run(params, x):
             y, pullback = jax.vjp(network, params, x)
             return y, pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape))
@@ -280,7 +280,7 @@ def test_ties_and_nan_go_the_way_of_linens_pool(conv):
     x = jnp.round(normal(0, (2, 7, 8, 1))).at[0, 3, 3, 0].set(jnp.nan)
     kernel, bias = jnp.ones((2, 2, 1, 3)), jnp.ones(3)
     actual, expected = (
-        jax.jit(lambda x, conv=conv: conv(x, kernel, bias, "VALID"))(x)
+        quick_jit(lambda x, conv=conv: conv(x, kernel, bias, "VALID"))(x)
         for conv in (conv, REFERENCES[conv])
     )
     np.testing.assert_array_equal(actual, expected)

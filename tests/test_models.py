@@ -9,7 +9,7 @@ import pytest
 from mnist_flax import layers, models, summary
 from mnist_flax.errors import UserError
 from mnist_flax.state import count_parameters
-from tests.helpers import random_variables, uniform
+from tests.helpers import quick_jit, random_variables, uniform
 
 PARAMETERS = {
     "branched": 5_447_246,
@@ -161,9 +161,9 @@ def test_logits_are_those_of_plain_linen_layers(name):
     params = random_variables(model)["params"]
     # As many as are computed in blocks.
     images = uniform(2, (32, 28, 28, 1))
-    logits = jax.jit(model.apply)({"params": params}, images)
+    logits = quick_jit(model.apply)({"params": params}, images)
     assert logits.dtype == jnp.float32 and logits.shape == (32, 10)
-    expected = jax.jit(partial(reference_logits, name))(params, images)
+    expected = quick_jit(partial(reference_logits, name))(params, images)
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -174,14 +174,14 @@ def test_training_makes_two_convolutions_in_one_loop(name):
     images = uniform(2, (32, 28, 28, 1))
     train = partial(model.apply, train=True)
     assert "_in_one_loop" in str(jax.make_jaxpr(train)({"params": params}, images))
-    expected = jax.jit(partial(reference_logits, name))(params, images)
-    logits = jax.jit(train)({"params": params}, images)
+    expected = quick_jit(partial(reference_logits, name))(params, images)
+    logits = quick_jit(train)({"params": params}, images)
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_weights_start_as_in_keras(name):
-    init = jax.jit(models.create(name).init)
+    init = quick_jit(models.create(name).init)
     params = init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     for layer in params.values():
         assert not layer["bias"].any()
@@ -219,7 +219,7 @@ def test_dropout_acts_in_training_alone():
     params = random_variables(model)["params"]
     images = uniform(2, (4, 28, 28, 1))
 
-    @partial(jax.jit, static_argnums=0)
+    @partial(quick_jit, static_argnums=0)
     def logits(train, seed):
         rngs = {"dropout": jax.random.key(seed)}
         return model.apply({"params": params}, images, train=train, rngs=rngs)
@@ -269,9 +269,9 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
     params = random_variables(model)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     images = uniform(2, (5, 28, 28, 1))
-    logits = jax.jit(model.apply)({"params": params}, images)
+    logits = quick_jit(model.apply)({"params": params}, images)
     assert logits.dtype == jnp.float32
-    exact = jax.jit(models.create("larger").apply)({"params": params}, images)
+    exact = quick_jit(models.create("larger").apply)({"params": params}, images)
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
 
 

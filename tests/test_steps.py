@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from mnist_flax import batches, datasets, layers, models, optim, state, steps, tiles
-from tests.helpers import integers, random_state, uniform
+from tests.helpers import integers, quick_jit, random_state, uniform
 
 
 class Constant(nn.Module):
@@ -88,7 +88,7 @@ def test_gather_scales_and_masks():
 @pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
 def test_a_padded_batch_trains_as_a_short_one(optimizer):
     start, train_step = setting(models.create("convnet"), optimizer=optimizer)
-    train_step = jax.jit(train_step)
+    train_step = quick_jit(train_step)
     short = random_batch(5)
     padded = jax.tree.map(lambda a: jnp.concatenate([a, a[:3]]), short)
     padded = padded.replace(mask=padded.mask.at[5:].set(0))
@@ -116,7 +116,7 @@ def test_dropout_changes_with_the_step_and_the_device_and_with_nothing_else():
     model = Dropping()
     start, train_step = setting(model, (1, 1, 1))
     batch = random_batch(4, (1, 1, 1), 2)
-    train_step = jax.jit(train_step)
+    train_step = quick_jit(train_step)
     again = [float(train_step(start, batch)[1].loss_sum) for _ in range(2)]
     assert again[0] == again[1]
     later = train_step(start.replace(step=start.step + 1), batch)[1]
@@ -151,12 +151,12 @@ def parallel_step(train_step, how):
         def shared_out(start, batch):
             with jax.set_mesh(mesh):
                 arguments = jax.device_put(start, everywhere), jax.device_put(batch, shared)
-                return jax.device_get(jax.jit(whole_step)(*arguments))
+                return jax.device_get(quick_jit(whole_step)(*arguments))
 
         return shared_out
     mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     # Without a check of what varies, and with it, `grad` treats shared parameters differently.
-    return jax.jit(
+    return quick_jit(
         jax.shard_map(
             train_step,
             mesh=mesh,
@@ -177,7 +177,7 @@ def test_several_devices_give_the_single_devices_result(how):
     batch = random_batch(12)
     # Uneven masks: the mean must be over the examples of all devices.
     batch = batch.replace(mask=batch.mask.at[9:].set(0))
-    single, metrics = jax.jit(train_step)(start, batch)
+    single, metrics = quick_jit(train_step)(start, batch)
     many, many_metrics = parallel_step(train_step, how)(start, batch)
     assert_equal(many.params, single.params, atol=1e-6)
     assert_equal(many_metrics, metrics, rtol=1e-6)
@@ -196,8 +196,8 @@ def test_a_gradient_of_ones_own_under_shard_map_is_the_single_devices():
     mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     specs = spec(), spec("devices")
-    parallel = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=spec()))
-    expected = jax.jit(jax.grad(loss))(params, batch)
+    parallel = quick_jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=spec()))
+    expected = quick_jit(jax.grad(loss))(params, batch)
     assert_equal(parallel(params, batch), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -298,7 +298,7 @@ def test_an_epoch_is_its_steps_one_after_the_other(epoch_setting):
     start, train_step, epoch, arrays, rows = epoch_setting
     after, metrics = epoch(start, *arrays, rows)
     one, total = start, steps.Metrics.zero()
-    train_step = jax.jit(train_step)
+    train_step = quick_jit(train_step)
     for row in rows:
         one, step_metrics = train_step(one, steps.gather(*arrays, row))
         total = total + step_metrics
@@ -319,7 +319,7 @@ def test_batch_statistics_are_carried():
     model = Normalised()
     start, train_step = setting(model, (4, 4, 3))
     batch = random_batch(16, (4, 4, 3), 3)
-    after, _ = jax.jit(train_step)(start, batch)
+    after, _ = quick_jit(train_step)(start, batch)
     mean = batch.images.mean((0, 1, 2))
     before, now = (s.batch_stats["BatchNorm_0"]["mean"] for s in (start, after))
     np.testing.assert_allclose(now, 0.9 * before + 0.1 * mean, rtol=1e-5)
@@ -328,7 +328,7 @@ def test_batch_statistics_are_carried():
 def test_state_is_determined_by_the_seed():
     tx = optim.create("adam", optax.constant_schedule(1e-3))
     create = partial(state.create, model=models.create("convnet"), tx=tx, image_shape=(28, 28, 1))
-    create = jax.jit(create)
+    create = quick_jit(create)
     first, again, other = create(3), create(3), create(4)
     assert_equal(first, again)
     assert (first.params["Dense_0"]["kernel"] != other.params["Dense_0"]["kernel"]).any()
