@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 import flax.linen as nn
@@ -163,6 +164,16 @@ def test_blocks_of_the_batch(monkeypatch, conv, batch):
     monkeypatch.setattr(tiles, "_LEAST_SPLIT", 13)
     program = str(jax.make_jaxpr(partial(conv, padding="VALID"))(x, kernel, jnp.zeros(8)))
     assert "length=1\n" in program
+
+
+def test_blocks_of_five_where_they_divide_the_batch_or_else_up_to_eight():
+    conv = partial(layers.conv_relu_pool, padding="VALID")
+
+    def blocks(batch):
+        operands = jnp.zeros((batch, 8, 8, 1)), normal(1, (3, 3, 1, 4)), jnp.zeros(4)
+        return int(re.search(r"length=(\d+)\n", str(jax.make_jaxpr(conv)(*operands)))[1])
+
+    assert [blocks(batch) for batch in (8, 32, 60, 100, 200)] == [1, 4, 12, 20, 40]
 
 
 @both
