@@ -1,6 +1,6 @@
-"""Inputs drawn by NumPy, and programs of few steps, in little time.
+"""What tests share.
 
-JAX would compile a program for each shape that is drawn, in half a second each.
+Inputs are drawn by NumPy: JAX would compile a program for each shape, in half a second each.
 """
 
 from functools import partial
@@ -11,8 +11,8 @@ import numpy as np
 
 from mnist_flax import state
 
-# `jax.jit` for what runs once or twice: LLVM's optimisations take longer than they save. What is
-# compared bit for bit, or trains, is compiled as users have it.
+# `jax.jit` for what runs once or twice: LLVM's optimisations take longer than they save. Not where
+# two programs must give the same bits, which are then compiled as users have them.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

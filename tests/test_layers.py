@@ -205,7 +205,7 @@ def test_max_pool_is_linens(shape, dtype, ties):
     g = normal(1, (shape[0], shape[1] // 2, shape[2] // 2, shape[3]), dtype)
 
     def with_gradient(pool):
-        @quick_jit
+        @jax.jit
         def run(x, g):
             y, pullback = jax.vjp(pool, x)
             return y, pullback(g)[0]
@@ -291,7 +291,7 @@ def test_ties_and_nan_go_the_way_of_linens_pool(conv):
     x = jnp.round(normal(0, (2, 7, 8, 1))).at[0, 3, 3, 0].set(jnp.nan)
     kernel, bias = jnp.ones((2, 2, 1, 3)), jnp.ones(3)
     actual, expected = (
-        quick_jit(lambda x, conv=conv: conv(x, kernel, bias, "VALID"))(x)
+        jax.jit(lambda x, conv=conv: conv(x, kernel, bias, "VALID"))(x)
         for conv in (conv, REFERENCES[conv])
     )
     np.testing.assert_array_equal(actual, expected)
