@@ -179,7 +179,7 @@ def table(found: Results) -> str:
         "| minutes a seed: ours, Keras |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    devices, versions = {}, {}
+    devices, versions, timed = {}, {}, {}
     for recipe, runs in found.items():
         ours = [run for run in runs if run["by"] == "mnist_flax"]
         keras = [run for run in runs if run["by"] == "keras"]
@@ -192,8 +192,12 @@ def table(found: Results) -> str:
         if ours:
             own = f"{_mean(ours)} | {min(accuracies):.2f} | {max(accuracies):.2f} | {len(ours)}"
         theirs = f"{_mean(keras)} ({len(keras)})" if keras else "–"
+        device = _timed_on(runs)
+        if device:
+            timed.setdefault(device, []).append(f"`{recipe}`")
         lines.append(
-            f"| `{recipe}` | {printed} | {own} | {theirs} | {_minutes(ours)}, {_minutes(keras)} |"
+            f"| `{recipe}` | {printed} | {own} | {theirs} "
+            f"| {_minutes(ours, device)}, {_minutes(keras, device)} |"
         )
         # In order and each once; they differ where results of before were kept.
         for run in runs:
@@ -201,9 +205,10 @@ def table(found: Results) -> str:
             for name, version in run["versions"].items():
                 versions.setdefault(name, {})[version] = None
     conditions = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
+    minutes = "; ".join(f"{', '.join(recipes)} on {device}" for device, recipes in timed.items())
     return (
         "\n".join(lines) + "\n\nMean ± standard deviation over the seeds, after the last epoch; "
-        f"{' and '.join(devices)}; {conditions}.\n"
+        f"{' and '.join(devices)}; {conditions}.\n" + (f"Minutes: {minutes}.\n" if minutes else "")
     )
 
 
@@ -213,8 +218,14 @@ def _mean(runs: list[dict[str, Any]]) -> str:
     return f"{statistics.mean(accuracies):.2f}{deviation} %"
 
 
-def _minutes(runs: list[dict[str, Any]]) -> str:
-    measured = [run["minutes"] for run in runs if run["minutes"]]
+def _timed_on(runs: list[dict[str, Any]]) -> str | None:
+    """The device on which most of a recipe's runs were timed, as minutes of two do not compare."""
+    devices = [run["device"] for run in runs if run["minutes"]]
+    return statistics.mode(devices) if devices else None
+
+
+def _minutes(runs: list[dict[str, Any]], device: str | None) -> str:
+    measured = [run["minutes"] for run in runs if run["minutes"] and run["device"] == device]
     return f"{statistics.mean(measured):.1f}" if measured else "–"
 
 

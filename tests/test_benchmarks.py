@@ -127,7 +127,11 @@ def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path):
     assert (tmp_path / "throughput_cpu_digits.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("file", sorted(suite.FOLDER.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    sorted(suite.FOLDER.rglob("*.json")),
+    ids=lambda file: str(file.relative_to(suite.FOLDER)),
+)
 def test_a_committed_table_is_that_of_the_committed_figures(file):
     module = importlib.import_module(f"benchmarks.{re.match('(.+)_(cpu|gpu)', file.stem)[1]}")
     assert file.with_suffix(".md").read_text() == module.table(json.loads(file.read_text()))
@@ -151,6 +155,10 @@ def test_the_table_of_accuracies():
     assert "cpu (8 cores) and cpu (2 cores); jax 0 and 1.\n" in reproduce.table(
         {"larger": [old, run(0.99)]}
     )
+    elsewhere = run(0.99) | {"device": "cpu (8 cores)", "minutes": 4.5}
+    text = reproduce.table({"larger": [elsewhere, run(0.99), run(0.99, "keras")]})
+    assert "| 1.5, 1.5 |\n" in text
+    assert text.endswith("Minutes: `larger` on cpu (2 cores).\n")
     text = reproduce.table({"convnet": [run(0.98, "keras")]})
     assert "| `convnet` | 99.22 % | – | – | – | 0 | 98.00 % (1) | –, 1.5 |\n" in text
 
