@@ -145,7 +145,12 @@ def merged(before: Results, runs: Path, busy: bool) -> Results:
     found = {}
     for recipe in RECIPES:
         entries = [*before.get(recipe, []), *collect(runs, recipe, busy)]
-        of_seed = {(run["by"], run["seed"]): run for run in entries}
+        of_seed = {}
+        for run in entries:
+            known = of_seed.setdefault((run["by"], run["seed"]), run)
+            # Not where it is the same run, timed when nothing went on beside.
+            if run != known | {"minutes": None}:
+                of_seed[run["by"], run["seed"]] = run
         found[recipe] = [of_seed[key] for key in sorted(of_seed)]
     return found
 

@@ -6,6 +6,7 @@ the versions that wrote it. The two latest are kept, and the best where a metric
 
 import json
 import logging
+import os
 import shutil
 import warnings
 import zlib
@@ -102,6 +103,17 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def check_room(folder: os.PathLike, state: TrainState) -> None:
+    """Raises UserError if the disk of a folder has no room for a state, which may be abstract."""
+    leaves = jax.tree.leaves(state)
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + _BESIDE_BYTES
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise UserError(
+            f"a checkpoint takes {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free on "
+            "the disk of the run folder: make room there and start again"
+        )
+
+
 def save(
     manager: ocp.CheckpointManager,
     state: TrainState,
@@ -118,12 +130,7 @@ def save(
     """
     step = num_updates(state)
     # Before Orbax finds out in many threads at once.
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _BESIDE_BYTES
-    if needed > (free := shutil.disk_usage(manager.directory).free):
-        raise UserError(
-            f"a checkpoint takes {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free on "
-            "the disk of the run folder: make room there and start again"
-        )
+    check_room(manager.directory, state)
     for passed_over in manager.all_steps():
         if passed_over >= step:
             manager.delete(passed_over)

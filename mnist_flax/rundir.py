@@ -28,6 +28,11 @@ def checkpoints(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def nearest(run_dir: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    return next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+
+
 def check(run_dir: Path, config: ConfigDict) -> None:
     """Refuses a folder in which a run of this configuration cannot start or resume.
 
@@ -51,7 +56,7 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
         raise UserError(f"the run folder {run_dir} is a link to nowhere: name another")
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"the run folder {run_dir} is a file: name another with --workdir")
-    existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    existing = nearest(run_dir)
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     # A finished run is only shown.
     if not writable and not (run_dir / "summary.json").exists():

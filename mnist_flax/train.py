@@ -93,7 +93,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
     Raises:
         UserError: what was given cannot be run, or training diverged; another process trains in
-            the folder, or it cannot be written.
+            the folder, it cannot be written, or its disk has no room for a checkpoint.
         signals.Stopped: SIGINT or SIGTERM arrived; what was trained is saved.
     """
     began = time.perf_counter()
@@ -118,6 +118,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     model = parts.create_model(config, data.num_classes)
     tx = parts.create_optimizer(config, data.train.size)
     abstract = parts.abstract_state(config, model, tx, data.train.image_shape, mesh)
+    checkpoint.check_room(rundir.nearest(run_dir), abstract)
     with rundir.held(run_dir, config):
         # Another process may have finished it meanwhile.
         return _finished(run_dir) or _train_and_score(

@@ -201,6 +201,9 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     assert reproduce_larger("--seeds=1", runs="newer") == [("larger", 0, 1)]
     assert [run["seed"] for run in results()] == list(range(8))
     assert [run["minutes"] for run in results()] == [2, 1, 2, 1, 1, 2, 1, 1]
+    # On a busy machine what was timed before keeps its minutes.
+    assert reproduce_larger("--seeds=9", "--busy", runs="runs") == [("larger", 8, 1)]
+    assert [run["minutes"] for run in results()] == [2, 1, 2, 1, 1, 2, 1, 1, None]
     # In bfloat16 and on a GPU they are runs of their own.
     assert reproduce_larger("--seeds=1", "--dtype=bfloat16") == [("larger", 0, 1)]
     assert reproduce_larger("--seeds=1", "--device=gpu") == [("larger", 0, 1)]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -479,6 +480,13 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     with pytest.raises(UserError, match="batch_size=91 is more than the 90 examples"):
         train.train_and_evaluate(small_config(batch_size=91), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError, match=r"a checkpoint takes 7\.8 MiB, and 1\.0 MiB are free"):
+        train.train_and_evaluate(small_config(), tmp_path / "new/run")
+    assert not (tmp_path / "new").exists()
 
 
 def piece_length(config, num_examples, most):
