@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             *(args.batch_sizes or BATCH_SIZES[args.device]),
         }
         points += [{"network": network, "batch_size": size} for size in sorted(sizes)]
+    profiles = {network: run(args.device, {"network": network}) for network in args.networks}
     found, speeds = [], [[] for _ in points]
     for repetition in range(args.repetitions):
         found.append(run(args.device, {}))
@@ -102,17 +103,17 @@ def main(argv: list[str] | None = None) -> None:
             print(
                 f"{repetition + 1}/{args.repetitions} {point}: {seen[-1]:,.0f} images/s", flush=True
             )
-    result = {
-        "hardware": machine,
-        "versions": environment.versions(),
-        "ceilings": found,
-        "points": [
-            point | work(point["network"])._asdict() | {"images_per_second": seen}
-            for point, seen in zip(points, speeds, strict=True)
-        ],
-        "profiles": {network: run(args.device, {"network": network}) for network in args.networks},
-    }
-    suite.write(result, args.results / f"limits_{args.device}.json", table(result))
+        result = {
+            "hardware": machine,
+            "versions": environment.versions(),
+            "ceilings": found,
+            "points": [
+                point | work(point["network"])._asdict() | {"images_per_second": seen}
+                for point, seen in zip(points, speeds, strict=True)
+            ],
+            "profiles": profiles,
+        }
+        suite.write(result, args.results / f"limits_{args.device}.json", table(result))
 
 
 def run(device: str, measured: dict) -> dict:
@@ -180,7 +181,8 @@ def profile(network: str) -> dict:
         with jax.profiler.trace(folder):
             state, _ = jax.block_until_ready(epoch(state, images, labels, rows))
         (file,) = Path(folder).glob("**/*.xplane.pb")
-        spent = operations(jax.profiler.ProfileData.from_file(str(file)), epoch.as_text())
+        data = jax.profiler.ProfileData.from_file(str(file))
+        spent = operations(data, epoch.as_text(), on_gpu=not on_cpu)
     by_part = collections.Counter()
     for (_, op_name), microseconds in spent.items():
         by_part[part(op_name)] += microseconds / made
@@ -192,11 +194,14 @@ def profile(network: str) -> dict:
     return {"step": step, "parts": by_part, "largest": largest}
 
 
-def operations(data, program: str) -> collections.Counter:
+def operations(data, program: str, on_gpu: bool) -> collections.Counter:
     """Microseconds of each operation of a program (HLO text), by its name and `op_name`.
 
     What contains others, such as a loop, is left out. What XLA adds, such as a copy, has an empty
     `op_name`, as has a GPU's kernel that the program does not name.
+
+    Raises:
+        SystemExit: the profiler saw nothing of the device.
     """
     line = r'^ *(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\((?:.*?op_name="([^"]*)")?'
     named = {
@@ -206,9 +211,8 @@ def operations(data, program: str) -> collections.Counter:
     }
     spent = collections.Counter()
     # Beside a GPU's own plane there is one of the host, which starts the same kernels.
-    planes = list(data.planes)
-    on_gpu = [plane for plane in planes if plane.name.startswith("/device:GPU")]
-    for plane in on_gpu or planes:
+    planes = [p for p in data.planes if not on_gpu or p.name.startswith("/device:GPU")]
+    for plane in planes:
         for events in (line.events for line in plane.lines):
             for event in events:
                 kernel = dict(event.stats).get("hlo_op")
@@ -217,6 +221,8 @@ def operations(data, program: str) -> collections.Counter:
                     spent[name, named[name]] += event.duration_ns / 1000
                 elif on_gpu and kernel:
                     spent[name, ""] += event.duration_ns / 1000
+    if not spent:
+        raise SystemExit("the profiler recorded nothing of the device")
     return spent
 
 

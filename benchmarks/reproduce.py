@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--together",
         type=suite.positive(int),
-        default=environment.cores(),
-        help="seeds trained at once; default: the cores (%(default)s)",
+        help="seeds trained at once; default: as many as there are cores, on a GPU all, and in "
+        "Keras one",
     )
     parser.add_argument("--add", action="store_true", help="do not repeat what the results have")
     parser.add_argument("--keras", action="store_true", help="train in Keras, as measured beside")
@@ -82,18 +82,22 @@ def main(argv: list[str] | None = None) -> None:
     before = json.loads(file.read_text()) if file.exists() else {}
     env = os.environ | suite.on_device(args.device)
     by = "keras" if args.keras else "mnist_flax"
+    usual = environment.cores()
+    if args.device == "gpu":
+        usual = 1 if args.keras else sys.maxsize
+    together = args.together or usual
     for recipe in args.recipes:
         runs_done = merged(before if args.add else {}, runs, args.busy)[recipe]
         done = {run["seed"] for run in runs_done if run["by"] == by}
         left = [seed for seed in range(args.seeds or RECIPES[recipe].seeds) if seed not in done]
         while left:
             if args.keras:
-                train_in_keras(recipe, left[: args.together], runs, env)
-                del left[: args.together]
+                train_in_keras(recipe, left[:together], runs, env)
+                del left[:together]
             else:
                 # Seeds that follow one another.
                 count = 1
-                while count < min(args.together, len(left)) and left[count] == left[0] + count:
+                while count < min(together, len(left)) and left[count] == left[0] + count:
                     count += 1
                 train(recipe, left[0], count, args.dtype, runs, env)
                 del left[:count]

@@ -55,19 +55,18 @@ def main(argv: list[str] | None = None) -> None:
             runs.append(run(args.network, args.device, args.seconds, usual | point))
             speed, done = runs[-1]["images_per_second"], f"{repetition + 1}/{args.repetitions}"
             print(f"{done} {point}: {speed:,.0f} images/s", flush=True)
-
-    result = {
-        "network": args.network,
-        "usual": usual,
-        "hardware": machine,
-        "versions": environment.versions(),
-        "points": [
-            {"point": point, "runs": runs} for point, runs in zip(points, measured, strict=True)
-        ],
-    }
-    file = args.results / f"scaling_{args.device}.json"
-    suite.write(result, file, table(result))
-    plot(result, file.with_suffix(".png"))
+        result = {
+            "network": args.network,
+            "usual": usual,
+            "hardware": machine,
+            "versions": environment.versions(),
+            "points": [
+                {"point": point, "runs": runs} for point, runs in zip(points, measured, strict=True)
+            ],
+        }
+        file = args.results / f"scaling_{args.device}.json"
+        suite.write(result, file, table(result))
+        plot(result, file.with_suffix(".png"))
 
 
 def run(network: str, device: str, seconds: float, point: dict) -> dict[str, float]:
@@ -93,10 +92,12 @@ def measure(
     from mnist_flax import state as state_lib
 
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (examples, 28, 28, 1), np.uint8)
-    labels = rng.integers(0, 10, examples, np.int32)
     config = recipes.config(network)
     config.batch_size, config.num_seeds = batch_size or config.batch_size, num_seeds
+    # A short batch takes as long as a full one.
+    examples -= examples % config.batch_size
+    images = rng.integers(0, 256, (examples, 28, 28, 1), np.uint8)
+    labels = rng.integers(0, 10, examples, np.int32)
     model = models.create(network)
     if width != 1:
         model = models.create(

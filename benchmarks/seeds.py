@@ -34,14 +34,14 @@ def main(argv: list[str] | None = None) -> None:
                 found.append(run["images_per_second"])
                 done = f"{repetition + 1}/{args.repetitions}"
                 print(f"{done} {network}, {count} seeds: {found[-1]:,.0f} images/s", flush=True)
-    result = {
-        "hardware": machine,
-        "versions": environment.versions(),
-        "images_per_second": speeds,
-    }
-    file = args.results / f"seeds_{args.device}.json"
-    suite.write(result, file, table(result))
-    plot(result, file.with_suffix(".png"))
+        result = {
+            "hardware": machine,
+            "versions": environment.versions(),
+            "images_per_second": speeds,
+        }
+        file = args.results / f"seeds_{args.device}.json"
+        suite.write(result, file, table(result))
+        plot(result, file.with_suffix(".png"))
 
 
 def table(result: dict) -> str:

@@ -7,7 +7,8 @@
 Every peer trains the same network (the parameters are counted) with the same optimiser on the
 same batches of MNIST, in a process of its own. The processes of a network take turns, so that a
 slow spell of the machine meets them all; a turn's clock stops when the device has finished. A
-peer whose loss does not fall is an error. `pip install ".[bench]"` brings the peers, on a GPU with
+peer whose loss does not fall is an error; one that does not start is left out, and named at the
+end. `pip install ".[bench]"` brings the peers, on a GPU with
 `"jax[cuda12]" "tensorflow[and-cuda]"`, as TensorFlow has wheels for CUDA 12 alone; MNIST must have
 been prepared, which training a recipe once does.
 """
@@ -96,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     unusual = [value for value in (args.dtype, args.dataset) if value not in ("float32", "mnist")]
     file = args.results / f"{'_'.join(['throughput', args.device, *unusual])}.json"
     measured = json.loads(file.read_text()) if file.exists() else {}
+    missing = []
     for network in args.networks:
         measured[network] = {
             "measured": time.strftime("%Y-%m-%d"),
@@ -106,22 +108,35 @@ def main(argv: list[str] | None = None) -> None:
             "versions": {package: suite.version_of(package) for package in PACKAGES},
             "peers": measure(network, peers, args),
         }
+        missing += [f"{p} of {network}" for p in peers if p not in measured[network]["peers"]]
         # After each network, so that a long run that is stopped keeps what it has.
         measured = {name: measured[name] for name in models.names() if name in measured}
         suite.write(measured, file, table(measured))
         plot(measured, file.with_suffix(".png"))
+    if missing:
+        raise SystemExit(f"not measured, as said above: {', '.join(missing)}")
 
 
 def measure(network: str, peers: list[str], args: argparse.Namespace) -> dict[str, dict]:
-    """Starts the peers' processes, lets them take turns, and returns what each reported."""
+    """Starts the peers' processes, lets them take turns, and returns what each reported.
+
+    A peer that does not start is left out.
+    """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_job(Path(folder), network, args)
         workers, reports = {}, {}
         for peer in peers:
-            workers[peer] = stack.enter_context(start(peer, Path(folder), args.device))
+            worker = stack.enter_context(start(peer, Path(folder), args.device))
             # One after the other: two that compile at once would slow each other down.
-            ready = receive(workers[peer], peer, Path(folder))
-            reports[peer] = ready | {"images_per_second": []}
+            try:
+                ready = receive(worker, peer, Path(folder))
+            except SystemExit as failure:
+                # The ratios are to ours.
+                if peer == OURS:
+                    raise
+                log(f"{failure}\n{network}: goes on without {peer}")
+                continue
+            workers[peer], reports[peer] = worker, ready | {"images_per_second": []}
             log(f"{network}: {peer} is ready, {reports[peer]['first_step_seconds']:.1f} s")
         for turn in range(args.repetitions):
             for peer, worker in workers.items():

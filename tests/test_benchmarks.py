@@ -110,13 +110,16 @@ def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path):
+def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path, monkeypatch):
     datasets.load("digits", "train")
-    arguments = "--networks baseline --peers flax-loop --dataset digits --repetitions 2"
-    throughput.main([*arguments.split(), "--seconds=0.5", f"--results={tmp_path}"])
+    monkeypatch.setitem(throughput.PEERS, "broken", throughput.Kind("broken"))
+    arguments = "--networks baseline --peers broken flax-loop --dataset digits --repetitions 2"
+    with pytest.raises(SystemExit, match="not measured, as said above: broken of baseline"):
+        throughput.main([*arguments.split(), "--seconds=0.5", f"--results={tmp_path}"])
     # Not among those of MNIST.
     results = json.loads((tmp_path / "throughput_cpu_digits.json").read_text())
     assert list(results) == ["baseline"]
+    assert list(results["baseline"]["peers"]) == ["mnist_flax", "flax-loop"]
     for peer in ("mnist_flax", "flax-loop"):
         measured = results["baseline"]["peers"][peer]
         assert measured["parameters"] == 592074
@@ -179,10 +182,10 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
         own = {"seeds": seeds} if count > 1 else seeds[0]
         (folder / "summary.json").write_text(json.dumps(facts | own))
 
-    def reproduce_larger(*flags, runs="runs"):
+    def reproduce_larger(*flags, runs="runs", together=("--together=2",)):
         trained.clear()
         flags += ("--recipes=larger", f"--runs={tmp_path / runs}", f"--results={tmp_path}")
-        reproduce.main([*flags, "--together=2"])
+        reproduce.main([*flags, *together])
         return trained
 
     def results(kind="cpu"):
@@ -202,13 +205,17 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     assert [run["seed"] for run in results()] == list(range(8))
     assert [run["minutes"] for run in results()] == [2, 1, 2, 1, 1, 2, 1, 1]
     # On a busy machine what was timed before keeps its minutes.
-    assert reproduce_larger("--seeds=9", "--busy", runs="runs") == [("larger", 8, 1)]
+    assert reproduce_larger("--seeds=9", "--add", "--busy") == [("larger", 8, 1)]
     assert [run["minutes"] for run in results()] == [2, 1, 2, 1, 1, 2, 1, 1, None]
     # In bfloat16 and on a GPU they are runs of their own.
     assert reproduce_larger("--seeds=1", "--dtype=bfloat16") == [("larger", 0, 1)]
     assert reproduce_larger("--seeds=1", "--device=gpu") == [("larger", 0, 1)]
     for kind in ("cpu_bfloat16", "gpu"):
         assert [run["seed"] for run in results(kind)] == [0]
+    # On a GPU all seeds at once, but in Keras, where each is a process.
+    on_gpu = ("--seeds=4", "--device=gpu")
+    assert reproduce_larger(*on_gpu, together=()) == [("larger", 1, 3)]
+    assert reproduce_larger(*on_gpu, "--keras", together=()) == [[0], [1], [2], [3]]
     with pytest.raises(UserError, match="in float32 only"):
         reproduce_larger("--keras", "--dtype=bfloat16")
 
@@ -265,11 +272,13 @@ def test_of_a_gpus_profile_its_own_kernels_count():
     )
     device = plane("/device:GPU:0", ("kernel", "fusion.1"), ("kernel", "copy.2"), ("wait", None))
     host = plane("/host:CUPTI", ("fusion.1", None))
-    found = limits.operations(SimpleNamespace(planes=[host, device]), program)
+    found = limits.operations(SimpleNamespace(planes=[host, device]), program, on_gpu=True)
     assert found == {("fusion.1", "jvp(x)"): 2, ("copy.2", ""): 2}
     assert limits.part("") == "other"
+    with pytest.raises(SystemExit, match="nothing of the device"):
+        limits.operations(SimpleNamespace(planes=[host]), program, on_gpu=True)
     host = plane("/host:CPU", ("copy.2", None), ("while.3", None), ("a thread", None))
-    found = limits.operations(SimpleNamespace(planes=[host]), program)
+    found = limits.operations(SimpleNamespace(planes=[host]), program, on_gpu=False)
     assert found == {("copy.2", ""): 2}
 
 
