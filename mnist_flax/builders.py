@@ -173,7 +173,7 @@ def feature_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     """
     features = builder.info.features
     keys = builder.info.supervised_keys or ("image", "label")
-    if len(keys) == 2 and all(key in features for key in keys):
+    if len(keys) == 2 and all(isinstance(key, str) and key in features for key in keys):
         image, label = (features[key] for key in keys)
         if (
             isinstance(image, tfds.features.Image)

@@ -29,7 +29,8 @@ _BESIDE_BYTES = 2**20
 
 # Orbax warns of what is meant here, a checkpoint without metrics, a folder opened to read, and logs
 # each error that it raises, with the traceback of every thread.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+_ORBAX = os.path.dirname(ocp.__file__)
+logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(_ORBAX))
 
 
 @contextmanager

@@ -1,8 +1,12 @@
 """What the command-line programs share: exit codes, and keeping what was compiled."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable
+
+import jax
 
 from mnist_flax import environment
 from mnist_flax.errors import UserError
@@ -11,14 +15,34 @@ from mnist_flax.errors import UserError
 def run(main: Callable[[], None]) -> None:
     """Runs a program; a `UserError` becomes one sentence on stderr and exit code 2.
 
-    Ctrl-C where nothing can be saved yet ends it without a traceback, with exit code 130.
+    So does a device that runs out of memory. Ctrl-C and SIGTERM where nothing can be saved yet end
+    it without a traceback and with nothing half-written, with 128 + the signal's number, as does
+    a reader of the output that has closed it.
     """
     environment.keep_compiled()
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         main()
+        # Here, where a fault can be told.
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"error: the device has too little memory ({reason}): set a lower batch_size or "
+            "num_seeds",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except BrokenPipeError:
+        # Python would fail once more where it flushes the output at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)

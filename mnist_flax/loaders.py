@@ -107,8 +107,10 @@ class Streamed:
             yield Piece(images, labels, _on_devices(positions, mesh))
 
     def _read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # Padding is any example, as it is masked.
-        return self._examples.read(np.maximum(indices, 0))
+        # Padding is any example, as it is masked. What several seeds need is decoded once.
+        indices, places = np.unique(np.maximum(indices, 0), return_inverse=True)
+        images, labels = self._examples.read(indices)
+        return images[places], labels[places]
 
     def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
         """The shapes and dtypes of a piece of so many steps."""

@@ -8,7 +8,8 @@ Every network takes images [B, H, W, C] in [0, 1] of any dtype, which is cast (u
 `steps.scale`), and gives logits [B, num_classes], float32 or wider. `train=True` turns dropout on
 and needs `rngs={"dropout": key}` where there is any. Weights start as in Keras: Glorot-uniform
 kernels and zero biases. Any image size that survives the pools will do, a smaller one raises
-`UserError`; so will any number of channels and classes.
+`UserError`; so will any number of channels and classes. Gradients can be differentiated again; as
+JAX has no forward mode through `custom_vjp`, `jax.jvp` and `jax.jacfwd` of a network have none.
 """
 
 from functools import partial

@@ -40,7 +40,7 @@ def check(run_dir: Path, config: ConfigDict) -> None:
 
     Raises:
         UserError: a file, a folder that cannot be written, one that holds something else, or a
-            run of another configuration.
+            run of another configuration that has a checkpoint.
     """
     try:
         _check(run_dir, config)
@@ -59,7 +59,8 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
     existing = nearest(run_dir)
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     # A finished run is only shown.
-    if not writable and not (run_dir / "summary.json").exists():
+    summary = run_dir / "summary.json"
+    if not writable and not summary.exists():
         raise UserError(
             f"the run folder {run_dir} cannot be written, as {existing} is not a writable "
             "folder: name another with --workdir"
@@ -80,7 +81,9 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
         for key in stored | given
         if stored.get(key) != given.get(key) and key not in _MAY_DIFFER
     ]
-    if differing:
+    # A run that ended before its first checkpoint has nothing to lose.
+    trained = summary.exists() or any(checkpoints(run_dir).glob("*"))
+    if differing and trained:
         raise UserError(
             f"the run folder {run_dir} holds a run of another configuration "
             f"({'; '.join(differing)}): use the same, or name another folder with --workdir"

@@ -46,6 +46,11 @@ def _blocks(x, kernel, bias, pool):
 
 
 def _blocks_fwd(x, kernel, bias, pool):
+    y, choice = _through_bits(partial(_forward, pool), x, kernel, bias)
+    return y, (x, kernel, bias, choice)
+
+
+def _forward(pool, bits, x, kernel, bias):
     # Where there is one block only, XLA would fold the transpose into the product, which it cannot
     # make of bfloat16 then ("Unsupported element type", JAX 0.10.2).
     seen, matrix = _products(kernel, pool)
@@ -58,16 +63,18 @@ def _blocks_fwd(x, kernel, bias, pool):
         columns = [_columns([taps[i] for i in pixels], x.dtype) for pixels in seen]
         y = [tiles.dot(matrix, each).reshape(-1, len(bias), each.shape[1]) for each in columns]
         y, choice = _relu_pool([place for each in y for place in each], wide_bias)
-        return _bits(y.astype(x.dtype)), choice
+        return bits(y.astype(x.dtype)), choice
 
     # A row a feature: XLA's loops over many numbers are faster than those over a few images.
-    y, choice = lax.map(forward, _bits(x))
-    y = _numbers(y, x.dtype).reshape(*y.shape[:2], *count, x.shape[4])
-    return y, (x, kernel, bias, choice)
+    y, choice = lax.map(forward, bits(x))
+    return _numbers(y, x.dtype).reshape(*y.shape[:2], *count, x.shape[4]), choice
 
 
 def _blocks_bwd(pool, residuals, g):
-    x, kernel, bias, choice = residuals
+    return _through_bits(partial(_backward, pool), *residuals, g)
+
+
+def _backward(pool, bits, x, kernel, bias, choice, g):
     seen, matrix = _products(kernel, pool)
     size, count = _size(kernel, pool), _count(x, kernel, pool)
     run = count[1] * x.shape[4]
@@ -94,10 +101,10 @@ def _blocks_bwd(pool, residuals, g):
                 parts[i].append(dtap)
         dtaps = [sum(rest, first) for first, *rest in parts]
         dx = _add(dtaps, size, pool, *x.shape[2:])
-        return (totals[0] + dmatrix, totals[1] + dbias), _bits(dx.astype(x.dtype))
+        return (totals[0] + dmatrix, totals[1] + dbias), bits(dx.astype(x.dtype))
 
     start = (tiles.zero(_in_places(kernel, pool)).T, tiles.zero(bias))
-    (dmatrix, dbias), dx = lax.scan(backward, start, (_bits(x), choice, _bits(g)))
+    (dmatrix, dbias), dx = lax.scan(backward, start, (bits(x), choice, bits(g)))
     sum_places = jax.linear_transpose(partial(_in_places, pool=pool), kernel.astype(dmatrix.dtype))
     (dkernel,) = sum_places(dmatrix.T)
     return _numbers(dx, x.dtype), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
@@ -193,14 +200,22 @@ def _relu_pool(y, bias):
     return jax.nn.relu(y), jnp.where(y > 0, jnp.uint8(0), jnp.uint8(1))
 
 
-def _bits(x):
-    """bfloat16 as the integers that it is stored as.
+def _through_bits(function, x, *operands):
+    """`function(bits, x, *operands)`, where `bits` makes of bfloat16 the integers it is stored as.
 
-    To copy or cut bfloat16, XLA on CPU makes float32 of it, and bfloat16 of the result.
+    To copy or cut bfloat16, XLA on CPU makes float32 of it, and bfloat16 of the result. Integers
+    have no derivative: what is differentiated once more is the function of numbers.
     """
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    of_numbers = partial(function, lambda x: x)
+    if x.dtype != jnp.bfloat16:
+        return of_numbers(x, *operands)
+    of_bits = jax.custom_jvp(
+        partial(function, partial(lax.bitcast_convert_type, new_dtype=jnp.uint16))
+    )
+    of_bits.defjvp(partial(jax.jvp, of_numbers))
+    return of_bits(x, *operands)
 
 
 def _numbers(bits, dtype):
-    """The inverse of `_bits`."""
+    """What `bits` made integers, as numbers again."""
     return lax.bitcast_convert_type(bits, dtype) if bits.dtype == jnp.uint16 else bits

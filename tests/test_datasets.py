@@ -146,6 +146,8 @@ def test_overlap(split, other, common):
         ("huggingface:mnist", "train", "no data set"),
         ("", "train", "no data set"),
         ("imdb_reviews", "train", "not for image classification"),
+        # Whose supervised keys are no names.
+        ("hillstrom", "train", "not for image classification"),
         ("digits", "trian", "the nearest is 'train'"),
         ("digits", "trian", "train (1,500 examples) and test (297 examples)"),
         ("digits", "train[", "'train['"),

@@ -139,6 +139,31 @@ def test_gradients_in_bfloat16(conv, batch):
     assert_same(conv, x, kernel, "SAME", 2e-2, reference)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 4e-6), (jnp.bfloat16, 3e-2)])
+@pytest.mark.parametrize("channels", [3, 40])
+@both
+def test_a_gradient_is_differentiated_again(conv, channels, dtype, tolerance):
+    x = normal(0, (4, 8, 8, channels), dtype)
+    kernel = normal(1, (3, 3, channels, 32), dtype)
+
+    def penalty(conv, kernel, x, dtype):
+        operands = kernel.astype(dtype), x.astype(dtype)
+
+        def loss(kernel, x):
+            y = conv(x, kernel, jnp.zeros(32, dtype), "VALID").astype(jnp.float32)
+            return jnp.sum(y**2)
+
+        return sum(jnp.mean(g.astype(jnp.float32) ** 2) for g in jax.grad(loss, (0, 1))(*operands))
+
+    def gradients(conv, dtype):
+        wide = (each.astype(jnp.float32) for each in (kernel, x))
+        return quick_jit(jax.grad(partial(penalty, conv, dtype=dtype), (0, 1)))(*wide)
+
+    pairs = zip(gradients(conv, dtype), gradients(REFERENCES[conv], jnp.float32), strict=True)
+    for actual, expected in pairs:
+        np.testing.assert_allclose(actual, expected, atol=tolerance * np.abs(expected).max())
+
+
 def test_splitter():
     def shape(batch, most):
         return tiles.splitter(batch, most)(jnp.zeros((batch, 2))).shape

@@ -49,6 +49,15 @@ def test_both_loaders_give_the_same_batches(resident, streamed, length):
     assert sum(int(batch.mask.sum()) for batch in expected) == 122
 
 
+def test_a_stream_decodes_an_example_once_a_piece(streamed, monkeypatch):
+    read, asked = streamed._examples.read, []
+    monkeypatch.setattr(
+        streamed._examples, "read", lambda indices: asked.append(len(indices)) or read(indices)
+    )
+    batches_of(streamed, 3)
+    assert asked == [120]
+
+
 def test_a_device_gets_its_share_of_a_stream_and_no_more(prepared):
     arrays = datasets.load("digits", "train[:120]")
     config = config_lib.default()

@@ -51,6 +51,7 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
 def test_a_run_of_another_configuration_is_refused_with_the_differing_keys(tmp_path):
     config = config_lib.default()
     rundir.write_config(tmp_path, config)
+    (rundir.checkpoints(tmp_path) / "300").mkdir(parents=True)
     rundir.check(tmp_path, config)
     config.batch_size = 32
     config.data.train_split = "train[5000:]"
@@ -62,9 +63,23 @@ def test_a_run_of_another_configuration_is_refused_with_the_differing_keys(tmp_p
     assert "epochs" not in message
 
 
+def test_a_run_without_a_checkpoint_gives_way_to_another_configuration(tmp_path):
+    config = config_lib.default()
+    rundir.write_config(tmp_path, config)
+    rundir.checkpoints(tmp_path).mkdir()
+    config.batch_size = 32
+    with rundir.held(tmp_path, config):
+        assert rundir.read_config(tmp_path).batch_size == 32
+    rundir.write_summary(tmp_path, {})
+    config.batch_size = 64
+    with pytest.raises(UserError, match="batch_size is 32 there and 64 now"):
+        rundir.check(tmp_path, config)
+
+
 def test_where_the_data_lies_may_change(tmp_path):
     config = config_lib.default()
     rundir.write_config(tmp_path, config)
+    (rundir.checkpoints(tmp_path) / "300").mkdir(parents=True)
     config.data.manual_dir = "elsewhere"
     rundir.check(tmp_path, config)
 
@@ -121,6 +136,7 @@ def test_what_another_process_began_since_the_check_is_left_alone(tmp_path):
     config = config_lib.default()
     rundir.check(tmp_path, config)
     rundir.write_config(tmp_path, config)
+    (rundir.checkpoints(tmp_path) / "300").mkdir(parents=True)
     other = config_lib.default()
     other.seed = 1
     with (

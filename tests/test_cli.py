@@ -1,0 +1,55 @@
+"""How a program ends, whatever ends it."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from mnist_flax import cli, environment
+
+
+@pytest.fixture
+def exit_code(monkeypatch):
+    """A function that runs a program as `cli.run` does and gives its exit code."""
+    monkeypatch.setattr(environment, "keep_compiled", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(main):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main)
+        return stop.value.code
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_too_little_memory_is_one_sentence(exit_code, capsys):
+    assert exit_code(lambda: jnp.zeros(2**50).block_until_ready()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the device has too little memory (RESOURCE_EXHAUSTED: ")
+    assert error.endswith("): set a lower batch_size or num_seeds\n") and error.count("\n") == 1
+
+
+def test_sigterm_leaves_nothing_half_written(exit_code, tmp_path):
+    def main():
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            Path(folder, "half").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert exit_code(main) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_closes_the_output_ends_it_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "from mnist_flax import cli; cli.run(lambda: print(1))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == b""
