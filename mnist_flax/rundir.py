@@ -22,6 +22,9 @@ _SHOWN = {"test_loss", "test_accuracy", "test_examples"}
 # Where the data lies may change between two starts of the same run.
 _MAY_DIFFER = ("data.manual_dir",)
 
+# What the arrays of a checkpoint depend on.
+_OF_THE_STATE = ("model", "optimizer", "num_seeds")
+
 
 def checkpoints(run_dir: Path) -> Path:
     """The folder of the checkpoints."""
@@ -40,7 +43,7 @@ def check(run_dir: Path, config: ConfigDict) -> None:
 
     Raises:
         UserError: a file, a folder that cannot be written, one that holds something else, or a
-            run of another configuration that has a checkpoint.
+            run of another configuration that has trained.
     """
     try:
         _check(run_dir, config)
@@ -76,14 +79,18 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
             "config.json in it): name an empty or a new one with --workdir"
         )
     stored, given = (config_lib.flatten(c) for c in (read_config(run_dir), config))
+    steps = {path.name for path in checkpoints(run_dir).glob("*")}
+    if summary.exists() or steps - {"0"}:
+        fixed = (stored | given).keys() - _MAY_DIFFER
+    else:
+        # Nothing was trained that could be lost; step 0 is a network from elsewhere.
+        fixed = _OF_THE_STATE if steps else ()
     differing = [
         f"{key} is {stored.get(key)!r} there and {given.get(key)!r} now"
         for key in stored | given
-        if stored.get(key) != given.get(key) and key not in _MAY_DIFFER
+        if key in fixed and stored.get(key) != given.get(key)
     ]
-    # A run that ended before its first checkpoint has nothing to lose.
-    trained = summary.exists() or any(checkpoints(run_dir).glob("*"))
-    if differing and trained:
+    if differing:
         raise UserError(
             f"the run folder {run_dir} holds a run of another configuration "
             f"({'; '.join(differing)}): use the same, or name another folder with --workdir"

@@ -838,10 +838,8 @@ def test_an_imported_run_trains_on(tmp_path):
     import_keras.import_file(tmp_path / "model.keras", tmp_path / "run", dataset="digits")
     config = trained.load(tmp_path / "run").config
     # One step of gradients times nothing: the weights are those of the file.
-    with (tmp_path / "run/config.json").open("w") as file:
-        config.update(epochs=1, learning_rate=1e-30)
-        config.data.train_split = "train[:32]"
-        json.dump(config.to_dict(), file)
+    config.update(epochs=1, learning_rate=1e-30)
+    config.data.train_split = "train[:32]"
     summary = train.train_and_evaluate(config, tmp_path / "run")
     after = trained.load(tmp_path / "run")
     assert after.step == 1 and summary["train_examples"] == 32

@@ -76,6 +76,21 @@ def test_a_run_without_a_checkpoint_gives_way_to_another_configuration(tmp_path)
         rundir.check(tmp_path, config)
 
 
+def test_an_imported_network_trains_on_as_configured(tmp_path):
+    config = config_lib.default()
+    rundir.write_config(tmp_path, config)
+    (rundir.checkpoints(tmp_path) / "0").mkdir(parents=True)
+    config.batch_size, config.seed, config.data.name = 32, 3, "digits"
+    rundir.check(tmp_path, config)
+    config.optimizer = "rmsprop"
+    with pytest.raises(UserError, match=r"\(optimizer is 'adam' there and 'rmsprop' now\)"):
+        rundir.check(tmp_path, config)
+    config.optimizer = "adam"
+    (rundir.checkpoints(tmp_path) / "300").mkdir()
+    with pytest.raises(UserError, match="batch_size is 200 there and 32 now"):
+        rundir.check(tmp_path, config)
+
+
 def test_where_the_data_lies_may_change(tmp_path):
     config = config_lib.default()
     rundir.write_config(tmp_path, config)
