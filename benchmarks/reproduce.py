@@ -44,8 +44,8 @@ RECIPES = {
     "convnet": Recipe(99.22, 20),
     "convnet_5_epochs": Recipe(99.18, 10),
     "single_conv_5x5": Recipe(99.13, 10),
-    "double_conv_3x3": Recipe(99.26, 10),
-    "double_conv_5x5": Recipe(None, 10),
+    "double_conv_3x3": Recipe(99.26, 20),
+    "double_conv_5x5": Recipe(None, 20),
     "branched": Recipe(99.25, 3),
 }
 
