@@ -201,11 +201,36 @@ def _xla_conv_relu_twice(x, kernel1, bias1, kernel2, bias2, *, pool):
 
 
 def _xla_conv_relu(x, kernel, bias, *, padding):
-    return nn.relu(_xla_conv(x, kernel, padding) + bias)
+    return _bias_relu(_xla_conv(x, kernel, padding), bias)
 
 
 def _xla_conv_relu_pool(x, kernel, bias, *, padding):
-    return nn.relu(pooling.max_pool(_xla_conv(x, kernel, padding)) + bias)
+    if shardings.explicit(x, kernel, bias):
+        return pooling.max_pool(_xla_conv_relu(x, kernel, bias, padding=padding))
+    return pooling.bias_relu_pool(_xla_conv(x, kernel, padding), bias)
+
+
+@jax.custom_vjp
+def _bias_relu(x, bias):
+    """ReLU of x [B, H, W, F] and bias, which needs for its gradient nothing but its result.
+
+    With `nn.relu`, which asks what came into it, cuDNN could not make it with the convolution.
+    """
+    return nn.relu(x + bias)
+
+
+def _bias_relu_fwd(x, bias):
+    y = nn.relu(x + bias)
+    return y, y
+
+
+def _bias_relu_bwd(y, g):
+    # XLA would make `y > 0` a question about what came into it.
+    g = jnp.where(y == 0, 0, g)
+    return g, g.sum((0, 1, 2))
+
+
+_bias_relu.defvjp(_bias_relu_fwd, _bias_relu_bwd)
 
 
 def _xla_conv(x, kernel, padding):
@@ -233,19 +258,23 @@ def _product_fwd(x, kernel):
 def _product_bwd(residuals, g):
     x, kernel = residuals
     dx = g @ kernel.T
+    few = 0 < len(x) <= _FEW_EXAMPLES
     dkernel = lax.platform_dependent(
-        x, g, dx, cpu=_kernel_gradient_after, default=lambda x, g, _: x.T @ g
+        x,
+        g,
+        dx,
+        cpu=partial(_after, _sum_of_outer_products if few else _transposed_twice),
+        default=lambda x, g, _: _sum_of_outer_products(x, g) if few else x.T @ g,
     )
     return dx, dkernel
 
 
-def _kernel_gradient_after(x, g, dx):
-    """x.T @ g, once there is dx, the last that reads the kernel.
+def _after(product, x, g, dx):
+    """product(x, g), once there is dx, the last that reads the kernel.
 
     Unless what overwrites the kernel waits for that, XLA copies the kernel in every step.
     """
-    g = g + 0 * dx[:1, :1]
-    return (_sum_of_outer_products if 0 < len(x) <= _FEW_EXAMPLES else _transposed_twice)(x, g)
+    return product(x, g + 0 * dx[:1, :1])
 
 
 def _sum_of_outer_products(x, g):

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mnist_flax import shardings
 from mnist_flax.errors import UserError
@@ -28,24 +29,61 @@ def _max_pool(x):
 
 
 def _max_pool_fwd(x):
-    h, w = x.shape[1:3]
-    corners = [x[:, i : h // 2 * 2 : 2, j : w // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)]
-    pooled, first = first_of_largest(*corners)
-    # The empty array tells the gradient the height and width, which odd sizes would lose.
-    return pooled, (first, jnp.empty((0, h, w)))
+    pooled, first = first_of_largest(*_corners(x))
+    return pooled, (first, _size(x))
 
 
 def _max_pool_bwd(residuals, g):
-    first, empty = residuals
-    h, w = empty.shape[1:]
+    first, size = residuals
+    return (_to_first(first, size, g),)
+
+
+_max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+@jax.custom_vjp
+def bias_relu_pool(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """`max_pool(nn.relu(x + bias))` of [B, H, W, C], for GPU and TPU.
+
+    What is kept for the gradient is one byte an output, which says where it goes, if anywhere:
+    XLA would keep the pooled numbers too, and write what ReLU leaves of the gradient.
+    """
+    return _bias_relu_pool_fwd(x, bias)[0]
+
+
+def _bias_relu_pool_fwd(x, bias):
+    y, first = relu_pool(*_corners(x), bias)
+    return y, (first, _size(x))
+
+
+def _bias_relu_pool_bwd(residuals, g):
+    first, size = residuals
+    # XLA on GPU would merge padding with the convolution's gradient, for which cuDNN has no form.
+    dx = lax.optimization_barrier(_to_first(first, size, g))
+    return dx, jnp.where(first < 4, g, 0).sum((0, 1, 2))
+
+
+bias_relu_pool.defvjp(_bias_relu_pool_fwd, _bias_relu_pool_bwd)
+
+
+def _corners(x):
+    h, w = x.shape[1:3]
+    return [x[:, i : h // 2 * 2 : 2, j : w // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)]
+
+
+def _size(x):
+    """An empty array that tells the gradient the height and width, which odd sizes would lose."""
+    return jnp.empty((0, *x.shape[1:3]))
+
+
+def _to_first(first, size, g):
+    """The gradient of the pooled array: `g` at the first of the largest four, 0 elsewhere."""
+    h, w = size.shape[1:]
     batch, oh, ow, channels = g.shape
     position = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
     dx = jnp.where(first[:, :, None, :, None] == position, g[:, :, None, :, None], 0)
     dx = dx.reshape(batch, 2 * oh, 2 * ow, channels)
-    return (jnp.pad(dx, ((0, 0), (0, h - 2 * oh), (0, w - 2 * ow), (0, 0))),)
-
-
-_max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+    return jnp.pad(dx, ((0, 0), (0, h - 2 * oh), (0, w - 2 * ow), (0, 0)))
 
 
 def check(size: tuple[int, int]) -> None:

@@ -50,11 +50,6 @@ class Metrics:
     correct: jax.Array
     count: jax.Array
 
-    @classmethod
-    def zero(cls) -> "Metrics":
-        """The metrics of no examples."""
-        return cls(jnp.zeros([]), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
-
     def __add__(self, other: "Metrics") -> "Metrics":
         return jax.tree.map(jnp.add, self, other)
 
@@ -83,14 +78,23 @@ def measure(logits: jax.Array, batch: Batch) -> Metrics:
     The loss is that of Keras's categorical cross-entropy, without the 1e-7 at which Keras on some
     backends cuts off probabilities.
     """
+    return _summed(_measure_each(logits, batch))
+
+
+def _measure_each(logits, batch):
+    """`measure` of each example: arrays [B], which a loop adds up without a sum in every step."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-    correct = (logits.argmax(-1) == batch.labels) & (batch.mask > 0)
+    kept = batch.mask > 0
     return Metrics(
         # `where`, as 0 · inf would be NaN.
-        loss_sum=jnp.where(batch.mask > 0, losses, 0).sum(),
-        correct=correct.sum(dtype=jnp.int32),
-        count=batch.mask.sum(dtype=jnp.int32),
+        loss_sum=jnp.where(kept, losses, 0),
+        correct=((logits.argmax(-1) == batch.labels) & kept).astype(jnp.int32),
+        count=kept.astype(jnp.int32),
     )
+
+
+def _summed(each):
+    return jax.tree.map(partial(jnp.sum, axis=-1), each)
 
 
 def train_step(
@@ -120,12 +124,12 @@ def train_step(
     """
     count = _sum_over(axis_name, batch.mask.sum())
     update = partial(optim.update, tx)
-    state, metrics = _step(state, batch, count, model=model, update=update, axis_name=axis_name)
-    return state, _sum_over(axis_name, metrics)
+    state, each = _step(state, batch, count, model=model, update=update, axis_name=axis_name)
+    return state, _sum_over(axis_name, _summed(each))
 
 
 def _step(state, batch, count, *, model, update, axis_name):
-    """`train_step` with the whole batch's count given, and metrics of the device's own share."""
+    """`train_step` with the whole batch's count given, and metrics of each example."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     if axis_name is not None:
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
@@ -138,13 +142,13 @@ def _step(state, batch, count, *, model, update, axis_name):
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
-        metrics = measure(logits, batch)
-        return metrics.loss_sum / count, (metrics, updated.get("batch_stats", {}))
+        each = _measure_each(logits, batch)
+        return each.loss_sum.sum() / count, (each, updated.get("batch_stats", {}))
 
     # By parameters that all devices share `shard_map` would sum the gradient itself, and it would
     # be summed twice.
     params = _as_own(axis_name, state.params)
-    grads, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
+    grads, (each, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
     grads = _sum_over(axis_name, grads)
     with jax.named_scope("optimizer"):
         params, opt_state = update(grads, state.opt_state, state.params)
@@ -153,7 +157,7 @@ def _step(state, batch, count, *, model, update, axis_name):
         params=params,
         opt_state=opt_state,
         batch_stats=batch_stats,
-    ), metrics
+    ), each
 
 
 def eval_step(variables: Any, batch: Batch, *, model: nn.Module, axis_name: Axis = None) -> Metrics:
@@ -215,12 +219,18 @@ def _train_epoch(state, images, labels, batches, *, model, update, axis_name):
         state, total = carry
         indices, count = row
         batch = gather(images, labels, indices)
-        state, metrics = _step(state, batch, count, model=model, update=update, axis_name=axis_name)
-        return (state, total + metrics), None
+        state, each = _step(state, batch, count, model=model, update=update, axis_name=axis_name)
+        return (state, total + each), None
 
-    start = (state, _as_own(axis_name, Metrics.zero()))
+    start = (state, _as_own(axis_name, _none_yet(batches)))
     (state, total), _ = lax.scan(step, start, (batches, counts))
-    return state, _sum_over(axis_name, total)
+    return state, _sum_over(axis_name, _summed(total))
+
+
+def _none_yet(batches):
+    """Metrics of each place in a batch, [B], before the first."""
+    zeros = jnp.zeros(batches.shape[-1], jnp.int32)
+    return Metrics(zeros.astype(jnp.float32), zeros, zeros)
 
 
 def eval_epoch(
@@ -236,10 +246,11 @@ def eval_epoch(
 
     def step(total, indices):
         batch = gather(images, labels, indices)
-        return total + eval_step(variables, batch, model=model), None
+        logits = model.apply(variables, batch.images, train=False)
+        return total + _measure_each(logits, batch), None
 
-    total, _ = lax.scan(step, _as_own(axis_name, Metrics.zero()), batches)
-    return _sum_over(axis_name, total)
+    total, _ = lax.scan(step, _as_own(axis_name, _none_yet(batches)), batches)
+    return _sum_over(axis_name, _summed(total))
 
 
 def _sum_over(axis_name: Axis, tree: Any) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import limits, reproduce, suite, throughput
+from benchmarks import kernels, limits, reproduce, suite, throughput
 from mnist_flax import datasets, models, state
 from mnist_flax.errors import UserError
 
@@ -302,3 +302,23 @@ def test_bars_are_plotted(tmp_path):
         tmp_path / "x.png",
     )
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_kernels_of_a_step_are_those_of_the_loop_over_the_steps():
+    program = """
+%step.1 (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %arg = (s32[], f32[8]{0}) parameter(0)
+  %gemm_fusion_dot = f32[8]{0} fusion(%arg), kind=kCustom, calls=%gemm_fusion_dot_computation
+  %conv = (f32[8]{0}, u8[0]{0}) custom-call(%arg), custom_call_target="__cudnn$convForward"
+  %y = f32[8]{0} get-tuple-element(%conv), index=0
+  %add = (f32[8]{0}, /*index=1*/f32[8]{0}) fusion(%gemm_fusion_dot), kind=kLoop, calls=%fused_add
+  %copy = f32[2,4]{0,1} copy(%y)
+  ROOT %out = (s32[], f32[8]{0}) tuple(%n, %copy)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %before = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused_copy
+  %end = (s32[], f32[8]{0}) while(%a), body=%step.1, {"known_trip_count":{"n":"10"}}
+}
+"""
+    assert kernels.count(program) == {"convolutions": 1, "products": 1, "others": 2}

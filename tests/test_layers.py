@@ -67,12 +67,17 @@ def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, chann
         (layers._xla_conv_relu_pool, layers.conv_relu_pool),
     ],
 )
-def test_what_is_lowered_elsewhere_is_the_same(default, conv):
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 5e-2)])
+def test_what_is_lowered_elsewhere_is_the_same(default, conv, padding, dtype, tolerance):
     def named(x, kernel, bias, padding):
         return default(x, kernel, bias, padding=padding)
 
-    reference = REFERENCES[conv]
-    assert_same(named, normal(0, (3, 9, 8, 4)), normal(1, (3, 3, 4, 6)), "SAME", 1e-6, reference)
+    # Of both outputs one side is odd.
+    x, kernel = normal(0, (3, 9, 8, 4), dtype), normal(1, (3, 3, 4, 6), dtype)
+    assert_same(named, x, kernel, padding, tolerance, REFERENCES[conv])
+    x = jnp.round(nn.relu(x))
+    assert_same(named, x, jnp.ones_like(kernel), padding, tolerance, REFERENCES[conv])
 
 
 @pytest.mark.parametrize("kernel_size", [(3, 3), (4, 3), (5, 5)])
