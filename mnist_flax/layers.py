@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from mnist_flax import conv_pair, cpu_conv, pooling, random_bits, shardings, tiles
+from mnist_flax import conv_pair, cpu_conv, pooling, random_bits, shardings, tiles, xla_conv
 from mnist_flax.errors import UserError
 
 # Up to so many, a kernel's gradient as outer products takes less time than as a matrix product.
@@ -201,13 +201,13 @@ def _xla_conv_relu_twice(x, kernel1, bias1, kernel2, bias2, *, pool):
 
 
 def _xla_conv_relu(x, kernel, bias, *, padding):
-    return _bias_relu(_xla_conv(x, kernel, padding), bias)
+    return _bias_relu(xla_conv.convolution(x, kernel, padding), bias)
 
 
 def _xla_conv_relu_pool(x, kernel, bias, *, padding):
     if shardings.explicit(x, kernel, bias):
         return pooling.max_pool(_xla_conv_relu(x, kernel, bias, padding=padding))
-    return pooling.bias_relu_pool(_xla_conv(x, kernel, padding), bias)
+    return pooling.bias_relu_pool(xla_conv.convolution(x, kernel, padding), bias)
 
 
 @jax.custom_vjp
@@ -231,12 +231,6 @@ def _bias_relu_bwd(y, g):
 
 
 _bias_relu.defvjp(_bias_relu_fwd, _bias_relu_bwd)
-
-
-def _xla_conv(x, kernel, padding):
-    return lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def dense_product(x: jax.Array, kernel: jax.Array, dimension_numbers, precision=None) -> jax.Array:

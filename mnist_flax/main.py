@@ -9,7 +9,7 @@ Without --workdir the run folder is runs/NAME-TIME. The same command on the same
 import os
 import re
 import sys
-import time
+from datetime import datetime
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -28,7 +28,8 @@ def main() -> None:
     config, workdir = parse()
     args = sys.argv[1:]
     if workdir is None:
-        workdir = f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        # To the microsecond, as a shell starts several runs in one second.
+        workdir = f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         args.append(f"--workdir={workdir}")
     try:
         train.train_and_evaluate(config, workdir)

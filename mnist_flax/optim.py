@@ -55,6 +55,11 @@ def create(name: str, schedule: optax.Schedule) -> Elementwise:
     return Elementwise(*optax.chain(scale, optax.scale_by_learning_rate(schedule)))
 
 
+def abstract_state(name: str, params: Any) -> optax.OptState:
+    """Shapes and dtypes of the optimiser's state, which are the same for every schedule."""
+    return jax.eval_shape(create(name, optax.constant_schedule(0.0)).init, params)
+
+
 def update(
     tx: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
 ) -> tuple[Any, Any]:

@@ -22,8 +22,8 @@ _SHOWN = {"test_loss", "test_accuracy", "test_examples"}
 # Where the data lies may change between two starts of the same run.
 _MAY_DIFFER = ("data.manual_dir",)
 
-# What the arrays of a checkpoint depend on.
-_OF_THE_STATE = ("model", "optimizer", "num_seeds")
+# What the parameters in a checkpoint depend on.
+_OF_THE_NETWORK = ("model", "num_seeds")
 
 
 def checkpoints(run_dir: Path) -> Path:
@@ -84,7 +84,7 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
         fixed = (stored | given).keys() - _MAY_DIFFER
     else:
         # Nothing was trained that could be lost; step 0 is a network from elsewhere.
-        fixed = _OF_THE_STATE if steps else ()
+        fixed = _OF_THE_NETWORK if steps else ()
     differing = [
         f"{key} is {stored.get(key)!r} there and {given.get(key)!r} now"
         for key in stored | given

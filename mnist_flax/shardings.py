@@ -18,9 +18,14 @@ def alike(*operands: jax.Array) -> list[jax.Array]:
 
     A written-out gradient must vary as its operand does, and that of a weight does as the images.
     """
-    varying = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
-    axes = frozenset().union(*varying)
+    axes = varying(*operands)
     return [
-        lax.pcast(operand, tuple(axes - own), to="varying") if axes - own else operand
-        for operand, own in zip(operands, varying, strict=True)
+        lax.pcast(operand, tuple(missing), to="varying") if missing else operand
+        for operand in operands
+        for missing in [axes - varying(operand)]
     ]
+
+
+def varying(*operands: jax.Array) -> frozenset[str]:
+    """The axes of `shard_map` over which any of them varies."""
+    return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))

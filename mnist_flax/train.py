@@ -23,6 +23,7 @@ from mnist_flax import (
     datasets,
     environment,
     epochs,
+    optim,
     parallel,
     parts,
     report,
@@ -171,10 +172,18 @@ def _train_and_score(
 
         def like(record: dict[str, Any]) -> TrainState:
             _check_data(config, record, constants)
-            return abstract
+            before = record["config"]["optimizer"]
+            if before == config.optimizer:
+                return abstract
+            # A network from a Keras file, with whose optimiser nothing was trained.
+            return abstract.replace(opt_state=optim.abstract_state(before, abstract.params))
 
         if restored := checkpoint.restore(manager, like):
             state, record = restored
+            if record["config"]["optimizer"] != config.optimizer:
+                shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+                opt_state = jax.jit(tx.init, out_shardings=shardings)(state.params)
+                state = state.replace(opt_state=opt_state)
             position = Position(**record["position"])
             report.resuming(state_lib.num_updates(state), position.epoch, config.epochs)
             _check_devices(record.get("devices_a_batch"), constants["devices_a_batch"])

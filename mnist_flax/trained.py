@@ -8,9 +8,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
-from mnist_flax import checkpoint, datasets, loaders, parallel, parts, rundir, scoring, steps
+from mnist_flax import (
+    checkpoint,
+    datasets,
+    loaders,
+    optim,
+    parallel,
+    parts,
+    rundir,
+    scoring,
+    steps,
+)
 from mnist_flax import config as config_lib
 from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
@@ -153,8 +164,8 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     def abstract(record: dict[str, Any]) -> state_lib.TrainState:
         shape = tuple(record["image_shape"])
         model = parts.create_model(config, record["num_classes"])
-        # The shapes of its state do not depend on the number of examples.
-        tx = parts.create_optimizer(config, 1)
+        # Not the run's where a network from a Keras file is about to train with another.
+        tx = optim.create(record["config"]["optimizer"], optax.constant_schedule(0.0))
         create = partial(state_lib.create, model=model, tx=tx, image_shape=shape)
         if len(seeds) > 1:
             return jax.eval_shape(jax.vmap(create), np.zeros(len(seeds), np.uint32))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -27,12 +28,15 @@ from mnist_flax import (
     keras_files,
     keras_layers,
     models,
+    parts,
     predict,
+    rundir,
+    steps,
     train,
     trained,
 )
 from mnist_flax.errors import UserError
-from tests.helpers import random_variables, uniform
+from tests.helpers import quick_jit, random_state, random_variables, uniform
 
 # Written by Keras 2 (tf_keras 2.21), 2.13 and 3 (3.15.1): `larger` for images of 12×12 with the
 # weights of `fixture_params`, and the configurations of two more networks.
@@ -333,6 +337,30 @@ def test_an_imported_run_is_evaluated_and_predicts(tmp_path, capsys, monkeypatch
     monkeypatch.setattr("sys.argv", ["predict", run_dir, "digit.png"])
     predict.main()
     assert f"class {np.asarray(logits)[3].argmax()} (" in capsys.readouterr().out
+
+
+def test_an_imported_network_trains_on_with_another_optimizer(tmp_path):
+    run, run_dir = loaded("convnet"), tmp_path / "run"
+    export_keras.export_file(run, tmp_path / "model.keras")
+    import_keras.import_file(tmp_path / "model.keras", run_dir)
+    config = config_lib.recipe("convnet", "digits", model="convnet", optimizer="rmsprop")
+    config.data.train_split, config.epochs = "train[:32]", 1
+    with rundir.held(run_dir, config):
+        assert_equal(trained.load(run_dir).variables["params"], run.variables["params"])
+    train.train_and_evaluate(config, run_dir)
+
+    data = datasets.load("digits", "train[:32]")
+    batch = steps.Batch(data.images / np.float32(255), data.labels, np.ones(32, np.float32))
+    tx = parts.create_optimizer(config, 32)
+    start = random_state(run.model, tx)
+    after, _ = quick_jit(partial(steps.train_step, model=run.model, tx=tx))(start, batch)
+    found = trained.load(run_dir)
+    assert found.config.optimizer == "rmsprop" and found.step == 1
+    for actual, expected in zip(
+        jax.tree.leaves(found.variables["params"]), jax.tree.leaves(after.params), strict=True
+    ):
+        # A gradient near zero may have either sign.
+        assert np.mean(np.abs(actual - expected) < 1e-5) > 0.99
 
 
 def test_a_network_is_not_scored_on_images_of_another_shape(tmp_path):

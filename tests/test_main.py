@@ -44,6 +44,16 @@ def test_overrides_reach_the_configuration(monkeypatch):
     assert parse(monkeypatch, LARGER, "--workdir=~/runs/x")[1] == "/home/me/runs/x"
 
 
+def test_runs_started_in_one_second_have_folders_of_their_own(monkeypatch):
+    folders = []
+    monkeypatch.setattr(main.train, "train_and_evaluate", lambda _, folder: folders.append(folder))
+    config, _ = parse(monkeypatch, LARGER)
+    monkeypatch.setattr(main, "parse", lambda: (config, None))
+    for _ in range(20):
+        main.main()
+    assert len(set(folders)) == 20 and folders[0].startswith("runs/larger-digits-2")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -81,11 +81,12 @@ def test_an_imported_network_trains_on_as_configured(tmp_path):
     rundir.write_config(tmp_path, config)
     (rundir.checkpoints(tmp_path) / "0").mkdir(parents=True)
     config.batch_size, config.seed, config.data.name = 32, 3, "digits"
-    rundir.check(tmp_path, config)
     config.optimizer = "rmsprop"
-    with pytest.raises(UserError, match=r"\(optimizer is 'adam' there and 'rmsprop' now\)"):
+    rundir.check(tmp_path, config)
+    config.model = "convnet"
+    with pytest.raises(UserError, match=r"\(model is 'larger' there and 'convnet' now\)"):
         rundir.check(tmp_path, config)
-    config.optimizer = "adam"
+    config.model = "larger"
     (rundir.checkpoints(tmp_path) / "300").mkdir()
     with pytest.raises(UserError, match="batch_size is 200 there and 32 now"):
         rundir.check(tmp_path, config)
