@@ -12,16 +12,21 @@ import re
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import recipes, suite
-from mnist_flax import cli, config, environment, models, parts, state, steps
+from mnist_flax import cli, environment, models, parts, state, steps, xla_conv
 from mnist_flax.errors import UserError
 
 STEPS = 10
+# The computation's dtype and the number of seeds.
+KINDS = {
+    "float32": ("float32", 1),
+    "bfloat16": ("bfloat16", 1),
+    "float32, ten seeds": ("float32", 10),
+}
 
 # XLA's GpuTargetConfigProto; the numbers are NVIDIA's of the H200 (SXM).
 H200 = """
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     device = h200()
     counts = {
-        network: {dtype: count(compiled(network, dtype, device)) for dtype in config.COMPUTE_DTYPES}
+        network: {name: count(compiled(network, *kind, device)) for name, kind in KINDS.items()}
         for network in args.networks
     }
     result = {"hardware": "NVIDIA H200", "versions": environment.versions(), "kernels": counts}
@@ -90,27 +95,27 @@ def h200() -> jax.Device:
     return topology.devices[0]
 
 
-def compiled(network: str, dtype: str, device: jax.Device) -> str:
+def compiled(network: str, dtype: str, seeds: int, device: jax.Device) -> str:
     """The text of a program of `STEPS` steps at the recipe's batch size."""
     settings = recipes.config(network)
     settings.compute_dtype = dtype
     model = parts.create_model(settings, num_classes=10)
     tx = parts.create_optimizer(settings, 60_000)
     create = partial(state.create, model=model, tx=tx, image_shape=(28, 28, 1))
+    epoch = partial(steps.train_epoch, model=model, tx=tx)
+    several = ()
+    if seeds > 1:
+        several = (seeds,)
+        create = jax.vmap(create)
+        epoch = jax.vmap(epoch, (0, None, None, 0), axis_name=xla_conv.SEVERAL)
+    sharding = NamedSharding(Mesh(np.array([device]), ("devices",)), PartitionSpec())
+    program = jax.jit(epoch, donate_argnums=0, in_shardings=sharding, out_shardings=sharding)
     shape = jax.ShapeDtypeStruct
-    mesh = Mesh(np.array([device]), ("devices",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    epoch = jax.jit(
-        partial(steps.train_epoch, model=model, tx=tx),
-        donate_argnums=0,
-        in_shardings=sharding,
-        out_shardings=sharding,
-    )
-    traced = epoch.trace(
-        jax.eval_shape(create, np.uint32(0)),
-        shape((60_000, 28, 28, 1), jnp.uint8),
-        shape((60_000,), jnp.int32),
-        shape((STEPS, settings.batch_size), jnp.int32),
+    traced = program.trace(
+        jax.eval_shape(create, shape(several, np.uint32)),
+        shape((60_000, 28, 28, 1), np.uint8),
+        shape((60_000,), np.int32),
+        shape((*several, STEPS, settings.batch_size), np.int32),
     )
     lowered = traced.lower(lowering_platforms=("cuda",))
     return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
@@ -137,12 +142,8 @@ def count(program: str) -> dict[str, int]:
 
 def table(result: dict) -> str:
     """The counts as Markdown, a network a line."""
-    counts = result["kernels"]
-    lines = [
-        "| network | " + " | ".join(config.COMPUTE_DTYPES) + " |",
-        "|---" * (len(config.COMPUTE_DTYPES) + 1) + "|",
-    ]
-    for network, found in counts.items():
+    lines = ["| network | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+    for network, found in result["kernels"].items():
         cells = [
             f"{sum(kinds.values())} ({kinds['convolutions']} + {kinds['products']})"
             for kinds in found.values()

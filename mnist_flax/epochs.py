@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mnist_flax import xla_conv
 from mnist_flax.loaders import Loader, Piece
 from mnist_flax.parallel import AXIS, SEEDS
 
@@ -101,7 +102,9 @@ def _each_seed(epoch: Callable, carried: Any, images: Any, labels: Any, rows: ja
         return epoch(own[0], images, labels, own[1])
 
     return jax.lax.platform_dependent(
-        (carried, rows.swapaxes(0, 1)), cpu=partial(jax.lax.map, one), default=jax.vmap(one)
+        (carried, rows.swapaxes(0, 1)),
+        cpu=partial(jax.lax.map, one),
+        default=jax.vmap(one, axis_name=xla_conv.SEVERAL),
     )
 
 

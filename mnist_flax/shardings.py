@@ -18,14 +18,9 @@ def alike(*operands: jax.Array) -> list[jax.Array]:
 
     A written-out gradient must vary as its operand does, and that of a weight does as the images.
     """
-    axes = varying(*operands)
+    varying = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
+    axes = frozenset().union(*varying)
     return [
-        lax.pcast(operand, tuple(missing), to="varying") if missing else operand
-        for operand in operands
-        for missing in [axes - varying(operand)]
+        lax.pcast(operand, tuple(axes - own), to="varying") if axes - own else operand
+        for operand, own in zip(operands, varying, strict=True)
     ]
-
-
-def varying(*operands: jax.Array) -> frozenset[str]:
-    """The axes of `shard_map` over which any of them varies."""
-    return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))

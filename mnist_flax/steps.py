@@ -94,7 +94,7 @@ def _measure_each(logits, batch):
 
 
 def _summed(each):
-    return jax.tree.map(partial(jnp.sum, axis=-1), each)
+    return jax.tree.map(lambda numbers: numbers.sum(-1, dtype=numbers.dtype), each)
 
 
 def train_step(
@@ -229,8 +229,8 @@ def _train_epoch(state, images, labels, batches, *, model, update, axis_name):
 
 def _none_yet(batches):
     """Metrics of each place in a batch, [B], before the first."""
-    zeros = jnp.zeros(batches.shape[-1], jnp.int32)
-    return Metrics(zeros.astype(jnp.float32), zeros, zeros)
+    size = batches.shape[-1]
+    return Metrics(jnp.zeros(size), jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32))
 
 
 def eval_epoch(

@@ -282,9 +282,14 @@ def test_conv_module_has_linens_parameters_and_results(pool, padding):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), actual, expected)
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("batch", [0, 1, 8, 9])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_dense_product_has_the_gradients_of_dot_general(batch, dtype):
+def test_dense_product_has_the_gradients_of_dot_general(batch, dtype, on_cpu, monkeypatch):
+    if not on_cpu:
+        monkeypatch.setattr(
+            layers.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
+        )
     operands = normal(0, (batch, 30), dtype), normal(1, (30, 20), dtype)
     numbers = (((1,), (0,)), ((), ()))
 
