@@ -2,9 +2,8 @@
 
 JAX makes of several convolutions, as of several seeds, a grouped one, and of their kernels'
 gradients, for which cuDNN has a form, a grouped one with windows as large as the images. Within
-`jax.vmap(..., axis_name=SEVERAL)` they stay one after the other, each as it is alone, and the arrays
-between them keep the axis of `vmap` in front. Only first gradients, in reverse mode, can be taken
-there.
+`jax.vmap(..., axis_name=SEVERAL)` they stay one after the other, each as it is alone, and the axis
+of `vmap` stays in front. Only first gradients, in reverse mode, can be taken there.
 """
 
 from collections.abc import Callable
