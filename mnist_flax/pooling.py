@@ -43,7 +43,7 @@ _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 @jax.custom_vjp
 def bias_relu_pool(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """`max_pool(nn.relu(x + bias))` of [B, H, W, C], for GPU and TPU.
+    """`max_pool(nn.relu(x + bias))` of [B, H, W, C] and [C], for GPU and TPU.
 
     What is kept for the gradient is one byte an output, which says where it goes, if anywhere:
     XLA would keep the pooled numbers too, and write what ReLU leaves of the gradient.

@@ -56,17 +56,14 @@ def _one_of_several_fwd(padding, x, kernel):
 
 
 def _one_of_several_bwd(padding, operands, g):
-    x_like, kernel_like = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands)
+    x, kernel = operands
 
     def input_gradient(kernel, g):
-        return jax.linear_transpose(lambda x: _convolved(padding, x, kernel), x_like)(g)[0]
+        return _transposed(lambda x: _convolved(padding, x, kernel), x, g)
 
     def kernel_gradient(x, g):
-        return jax.linear_transpose(lambda kernel: _convolved(padding, x, kernel), kernel_like)(g)[
-            0
-        ]
+        return _transposed(lambda kernel: _convolved(padding, x, kernel), kernel, g)
 
-    x, kernel = operands
     return _one_by_one(input_gradient)(kernel, g), _one_by_one(kernel_gradient)(x, g)
 
 
@@ -85,3 +82,8 @@ def _one_by_one(product: Callable) -> Callable:
         return jax.vmap(product, axes)(a, b), True
 
     return called
+
+
+def _transposed(linear, like, g):
+    """The gradient, for `g` of its result, of a linear function of an array of that shape."""
+    return jax.linear_transpose(linear, jax.ShapeDtypeStruct(like.shape, like.dtype))(g)[0]
