@@ -55,9 +55,9 @@ def create(name: str, schedule: optax.Schedule) -> Elementwise:
     return Elementwise(*optax.chain(scale, optax.scale_by_learning_rate(schedule)))
 
 
-def abstract_state(name: str, params: Any) -> optax.OptState:
-    """Shapes and dtypes of the optimiser's state, which are the same for every schedule."""
-    return jax.eval_shape(create(name, optax.constant_schedule(0.0)).init, params)
+def for_its_state(name: str) -> Elementwise:
+    """The optimiser with any schedule, as the shapes of its state are the same for all."""
+    return create(name, optax.constant_schedule(0.0))
 
 
 def update(

@@ -176,7 +176,8 @@ def _train_and_score(
             if before == config.optimizer:
                 return abstract
             # A network from a Keras file, with whose optimiser nothing was trained.
-            return abstract.replace(opt_state=optim.abstract_state(before, abstract.params))
+            init = optim.for_its_state(before).init
+            return abstract.replace(opt_state=jax.eval_shape(init, abstract.params))
 
         if restored := checkpoint.restore(manager, like):
             state, record = restored

@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from mnist_flax import (
@@ -165,7 +164,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
         shape = tuple(record["image_shape"])
         model = parts.create_model(config, record["num_classes"])
         # Not the run's where a network from a Keras file is about to train with another.
-        tx = optim.create(record["config"]["optimizer"], optax.constant_schedule(0.0))
+        tx = optim.for_its_state(record["config"]["optimizer"])
         create = partial(state_lib.create, model=model, tx=tx, image_shape=shape)
         if len(seeds) > 1:
             return jax.eval_shape(jax.vmap(create), np.zeros(len(seeds), np.uint32))

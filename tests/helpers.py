@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mnist_flax import state
 
@@ -26,6 +27,12 @@ def uniform(seed, shape):
 
 def integers(seed, shape, stop, dtype=jnp.int32):
     return jnp.asarray(np.random.default_rng(seed).integers(0, stop, shape), dtype)
+
+
+def plain_convolution(x, kernel, padding):
+    """JAX's, of [B, H, W, C] with [KH, KW, C, F]."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers)
 
 
 def random_variables(model, image_shape=(28, 28, 1)):

@@ -4,16 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from mnist_flax import xla_conv
-from tests.helpers import normal, quick_jit
-
-
-def plain(x, kernel, padding):
-    return lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+from tests.helpers import normal, plain_convolution, quick_jit
 
 
 def with_gradients(conv, padding):
@@ -37,7 +30,9 @@ def test_several_are_jaxs(padding, count, axes):
         run = with_gradients(conv, padding)
         return quick_jit(jax.vmap(run, axes, axis_name=xla_conv.SEVERAL))(*operands)
 
-    for actual, expected in zip(result(xla_conv.convolution), result(plain), strict=True):
+    for actual, expected in zip(
+        result(xla_conv.convolution), result(plain_convolution), strict=True
+    ):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
