@@ -217,7 +217,7 @@ def table(found: Results) -> str:
     minutes = "; ".join(f"{', '.join(recipes)} on {device}" for device, recipes in timed.items())
     return (
         "\n".join(lines) + "\n\nMean ± standard deviation over the seeds, after the last epoch; "
-        f"{' and '.join(devices)}; {conditions}.\n" + (f"Minutes: {minutes}.\n" if minutes else "")
+        f"{', '.join(devices)}; {conditions}.\n" + (f"Minutes: {minutes}.\n" if minutes else "")
     )
 
 

@@ -83,7 +83,7 @@ def measure(
     width: float = 1,
     num_seeds: int = 1,
 ) -> dict[str, float]:
-    """Trains for at least so many seconds in this process; images/s are those of all seeds."""
+    """Trains for at least `seconds` seconds in this process; images/s are those of all seeds."""
     import jax
     import numpy as np
 

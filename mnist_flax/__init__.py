@@ -1,8 +1,12 @@
-"""MNIST networks in Flax: model definitions, a pure train step and runs that can be trusted.
+"""The networks of five Keras MNIST tutorials in Flax: models, a pure train step, resumable runs.
 
-from mnist_flax import config, models      # the networks, for your own training
-mnist_flax.train_and_evaluate(config.default(), workdir)
-mnist_flax.load(workdir).predict(images)
+    import mnist_flax
+    from mnist_flax import config
+
+    mnist_flax.train_and_evaluate(config.default(), "runs/mine")
+    mnist_flax.load("runs/mine").predict(images)
+
+`mnist_flax.models` and `mnist_flax.steps` are for a training loop of your own.
 """
 
 from typing import Any

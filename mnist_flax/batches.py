@@ -20,7 +20,6 @@ def eval_batches(num_examples: int, batch_size: int) -> np.ndarray:
 
 
 def _rows(indices: np.ndarray, batch_size: int) -> np.ndarray:
-    steps = -(-len(indices) // batch_size)
-    rows = np.full(steps * batch_size, -1, np.int32)
-    rows[: len(indices)] = indices
-    return rows.reshape(steps, batch_size)
+    filling = -len(indices) % batch_size
+    rows = np.pad(indices.astype(np.int32), (0, filling), constant_values=-1)
+    return rows.reshape(-1, batch_size)

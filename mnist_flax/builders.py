@@ -131,7 +131,7 @@ def create(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """The builder of a data set, prepared or not; reads `data_dir`, never the network.
 
     Raises:
-      UserError: no such data set, or one that is not for image classification.
+        UserError: no such data set, or one that is not for image classification.
     """
     try:
         # A colon would ask for a version, or for a namespace, which TFDS looks up on the network.
@@ -169,7 +169,7 @@ def feature_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     """The names of the image and of the label in an example.
 
     Raises:
-      UserError: the data set has no 8-bit image with a class label.
+        UserError: the data set has no 8-bit image with a class label.
     """
     features = builder.info.features
     keys = builder.info.supervised_keys or ("image", "label")
@@ -209,7 +209,7 @@ def resolve(builder: tfds.core.DatasetBuilder, split: str) -> list[tuple[str, in
     Only the form is checked, and nothing selected, where the splits are not known yet.
 
     Raises:
-      UserError: an unknown split, a malformed slice, or one that selects nothing.
+        UserError: an unknown split, a malformed slice, or one that selects nothing.
     """
     known = splits(builder)
     try:

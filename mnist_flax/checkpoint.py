@@ -56,14 +56,19 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
         read_only=read_only,
         # Without the metrics, which are of no use then.
         lightweight_initialize=read_only,
+        # What a save left that was cut short.
+        cleanup_tmp_directories=not read_only,
     )
-    if not read_only:
-        _leave_out_damaged_metrics(folder)
-    manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    try:
+        if not read_only:
+            _leave_out_damaged_metrics(folder)
+        manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used ({_reason(error)}): see to that first") from error
     try:
         yield manager
     finally:
-        with _faults_said(folder):
+        with _as_user_error(folder):
             manager.close()
 
 
@@ -89,7 +94,7 @@ def _leave_out_damaged_metrics(folder: Path) -> None:
 
 
 @contextmanager
-def _faults_said(folder: Path) -> Iterator[None]:
+def _as_user_error(folder: Path) -> Iterator[None]:
     """Raises UserError where Orbax could not write."""
     try:
         yield
@@ -132,15 +137,16 @@ def save(
     step = num_updates(state)
     # Before Orbax finds out in many threads at once.
     check_room(manager.directory, state)
-    for passed_over in manager.all_steps():
-        if passed_over >= step:
-            manager.delete(passed_over)
+    with _as_user_error(manager.directory):
+        for passed_over in manager.all_steps():
+            if passed_over >= step:
+                manager.delete(passed_over)
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(jax.tree.map(_one_copy, state)),
         record=ocp.args.JsonSave({"run": record, "crc32": _crc32(state)}),
     )
     metrics = None if watch_accuracy is None else {_METRIC: watch_accuracy}
-    with _faults_said(manager.directory):
+    with _as_user_error(manager.directory):
         manager.save(step, args=args, metrics=metrics, force=True)
 
 
@@ -151,7 +157,8 @@ def restore(
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest sound checkpoint, or that of `step`; None where there is none at all.
 
-    A damaged one is passed over with a warning. `like` makes of the record a state whose shapes,
+    A damaged one is passed over with a warning, but not one that cannot be read for want of memory,
+    permission or a disk. `like` makes of the record a state whose shapes,
     dtypes and shardings are restored; an abstract one is restored on the first device.
 
     Raises:
@@ -181,6 +188,11 @@ def restore(
             raise
         except Exception as error:
             # Orbax raises whatever the damage leads to.
+            if _may_pass(error):
+                raise UserError(
+                    f"checkpoint {candidate} in {manager.directory} cannot be read at the moment "
+                    f"({_reason(error)}): see to that and start again"
+                ) from error
             if step is not None:
                 raise UserError(
                     f"checkpoint {step} in {manager.directory} is damaged ({_reason(error)}): "
@@ -195,6 +207,14 @@ def restore(
         f"no checkpoint in {manager.directory} can be read (steps {steps}): "
         "restore the folder from a copy or start again in another run folder"
     )
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a checkpoint that cannot be read may be sound nevertheless."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    statuses = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
+    return isinstance(error, MemoryError) or any(status in str(error) for status in statuses)
 
 
 def _one_copy(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:

@@ -34,8 +34,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         reason = str(error).splitlines()[0]
         print(
-            f"error: the device has too little memory ({reason}): set a lower batch_size or "
-            "num_seeds",
+            f"error: the device has too little memory ({reason}): free some, or train with a lower "
+            "batch_size or num_seeds",
             file=sys.stderr,
         )
         sys.exit(2)

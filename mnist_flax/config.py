@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from mnist_flax import datasets, loaders, models, optim
@@ -147,13 +148,7 @@ def seeds(config: ConfigDict) -> range:
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """Dotted keys and their values, in order."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
-        else:
-            flat[key] = value
-    return flat
+    return flatten_dict(config.to_dict(), sep=".")
 
 
 def wrong_type(key: str, value: Any) -> UserError:

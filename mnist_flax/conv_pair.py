@@ -35,7 +35,7 @@ def conv_relu_twice(
 
 def _suits(x, kernel1, kernel2):
     narrow = kernel1.size // kernel1.shape[3] <= _MOST_DEPTH and not winograd.suits(x, kernel1)
-    return narrow and tiles.splits(len(x)) and winograd.suits(x, kernel2)
+    return narrow and tiles.is_split(len(x)) and winograd.suits(x, kernel2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

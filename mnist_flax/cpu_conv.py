@@ -37,7 +37,7 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
     x = _pad(x, kernel, padding)
     if winograd.suits(x, kernel):
         return winograd.conv_relu(x, kernel, bias, True)
-    if x.dtype.itemsize >= 4 and not tiles.splits(len(x)):
+    if x.dtype.itemsize >= 4 and not tiles.is_split(len(x)):
         return pooling.max_pool(_by_patches(x, kernel, bias))
     return side_by_side.conv_relu(x, kernel, bias, 2)
 

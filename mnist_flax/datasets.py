@@ -7,10 +7,10 @@ TensorFlow for it. Data lies in the folder that TFDS uses: TFDS_DATA_DIR, or els
 """
 
 import hashlib
+import io
 import json
 import math
 import os
-import uuid
 import warnings
 import zlib
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mnist_flax import files
 from mnist_flax.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def check_split(name: str, split: str) -> None:
     Of a set whose splits are known only once it is prepared, only the slice's form is checked.
 
     Raises:
-      UserError: an unknown data set or split, a malformed slice, or one that selects nothing.
+        UserError: an unknown data set or split, a malformed slice, or one that selects nothing.
     """
     from mnist_flax import builders
 
@@ -69,7 +70,7 @@ def num_classes(name: str) -> int:
     """The number of classes of a data set.
 
     Raises:
-      UserError: as `check_name` does.
+        UserError: as `check_name` does.
     """
     from mnist_flax import builders
 
@@ -81,18 +82,18 @@ def load(name: str, split: str, manual_dir: str = "") -> Arrays:
     """Loads a slice of a data set, preparing it first where that has not been done.
 
     Args:
-      name: `digits`, `mnist`, `fashion_mnist`, `kmnist` or another TFDS name, such as
-        `cifar10` or `emnist/balanced`.
-      split: a TFDS slice: `train`, `train[5000:]`, `train[90%:]`, `train[:10%]+train[80%:]`.
-      manual_dir: a folder with the four .gz files of the MNIST family, for preparing without a
-        network; without it MNIST_FLAX_MANUAL_DIR. Not looked at once the set is prepared.
+        name: `digits`, `mnist`, `fashion_mnist`, `kmnist` or another TFDS name, such as
+          `cifar10` or `emnist/balanced`.
+        split: a TFDS slice: `train`, `train[5000:]`, `train[90%:]`, `train[:10%]+train[80%:]`.
+        manual_dir: a folder with the four .gz files of the MNIST family, for preparing without a
+          network; without it MNIST_FLAX_MANUAL_DIR. Not looked at once the set is prepared.
 
     Returns:
-      images uint8 [N, H, W, C] and labels int32 [N], in TFDS's order.
+        images uint8 [N, H, W, C] and labels int32 [N], in TFDS's order.
 
     Raises:
-      UserError: what `check_split` finds; a set that can be neither found, downloaded nor
-        prepared; a wrong or missing file in `manual_dir`; images of several sizes.
+        UserError: what `check_split` finds; a set that can be neither found, downloaded nor
+          prepared; a wrong or missing file in `manual_dir`; images of several sizes.
     """
     from mnist_flax import builders
 
@@ -114,7 +115,7 @@ def open_slice(name: str, split: str, manual_dir: str = "") -> "decoding.Example
     """As `load`, but examples are read and decoded only when they are asked for.
 
     Raises:
-      UserError: as `load`; also a data set that TFDS cannot read at random.
+        UserError: as `load`; also a data set that TFDS cannot read at random.
     """
     from mnist_flax import builders, decoding
 
@@ -129,7 +130,7 @@ def image_bytes(name: str, split: str, manual_dir: str = "") -> tuple[int, int]:
     the size of its images.
 
     Raises:
-      UserError: as `load`.
+        UserError: as `load`.
     """
     from mnist_flax import builders
 
@@ -146,14 +147,15 @@ def _prepared(name: str, split: str, manual_dir: str) -> "tfds.core.DatasetBuild
     """The builder of a data set that is prepared, now or before."""
     from mnist_flax import builders
 
-    check_split(name, split)
+    builder = builders.create(name, _data_dir())
+    # Refuses a wrong slice before anything is prepared.
+    builders.resolve(builder, split)
     in_family = name in builders.MNIST_FAMILY
     if manual_dir and not in_family:
         raise UserError(
             f"data.manual_dir is for {', '.join(builders.MNIST_FAMILY)}, not for {name}: "
             "leave it empty"
         )
-    builder = builders.create(name, _data_dir())
     if not builder.info.splits:
         from mnist_flax import preparation
 
@@ -216,26 +218,14 @@ def _write_cache(folder: Path, split: str, source: str, arrays: Arrays) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for kind, array in arrays._asdict().items():
-            _write_file(folder / f"{split}_{kind}.npy", array)
+            content = io.BytesIO()
+            np.save(content, array)
+            files.replace(folder / f"{split}_{kind}.npy", content.getbuffer())
         # Last, as it vouches for the other two.
-        checksums = [_checksum(array) for array in arrays]
-        _write_file(folder / f"{split}.json", {"source": source, "checksums": checksums})
+        record = {"source": source, "checksums": [_checksum(array) for array in arrays]}
+        files.replace(folder / f"{split}.json", json.dumps(record).encode())
     except OSError as error:
         warnings.warn(
             f"decoded images are not kept, so that every run decodes them again: {error}",
             stacklevel=2,
         )
-
-
-def _write_file(path: Path, content: np.ndarray | dict[str, object]) -> None:
-    """Writes an array as .npy or a dict as JSON; a reader sees the old file or all of the new."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        if isinstance(content, dict):
-            temporary.write_text(json.dumps(content))
-        else:
-            with temporary.open("wb") as file:
-                np.save(file, content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

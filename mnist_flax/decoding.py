@@ -77,10 +77,10 @@ def decode(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, n
     """Decodes a whole split of a prepared data set, in the order that TFDS's slices count.
 
     Returns:
-      images uint8 [N, H, W, C] and labels int32 [N].
+        images uint8 [N, H, W, C] and labels int32 [N].
 
     Raises:
-      UserError: images of several sizes, examples without a label, damaged files.
+        UserError: images of several sizes, examples without a label, damaged files.
     """
     try:
         with builders.quiet():
@@ -106,7 +106,7 @@ def examples(builder: tfds.core.DatasetBuilder, selected: list[tuple[str, int, i
     """Random access to the (split, start, stop) selected.
 
     Raises:
-      UserError: the data set is prepared in a format that TFDS cannot read at random.
+        UserError: the data set is prepared in a format that TFDS cannot read at random.
     """
     if _is_tfrecord(builder):
         raise UserError(

@@ -53,7 +53,7 @@ def cores() -> int:
 
 
 def keep_compiled() -> None:
-    """Has JAX keep what it compiles in the user's cache folder, mnist_flax/ in ~/.cache.
+    """Has JAX keep what it compiles in mnist_flax/ in XDG_CACHE_HOME, or else in ~/.cache.
 
     Compiling takes most of the time to the first step; a program that was compiled before, on a
     processor with the same instructions, is read in a tenth of a second instead. A folder that

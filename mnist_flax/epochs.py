@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mnist_flax import xla_conv
 from mnist_flax.loaders import Loader, Piece
-from mnist_flax.parallel import AXIS, SEEDS
+from mnist_flax.parallel import BATCH, SEEDS
 
 
 def compile_epoch(
@@ -47,11 +47,11 @@ def compile_epoch(
     by_seed = (SEEDS,) if several else ()
     # With one device there is no axis to sum over: XLA would still copy what is summed, and fuse
     # nothing with it. That costs time only where there is one seed.
-    axis = AXIS if several or mesh.shape[AXIS] > 1 else ()
+    axis = BATCH if several or mesh.shape[BATCH] > 1 else ()
     state = PartitionSpec(*by_seed)
     examples = PartitionSpec()
     if not loader.shared:
-        examples = PartitionSpec((*by_seed, AXIS) if axis else ())
+        examples = PartitionSpec((*by_seed, BATCH) if axis else ())
     specs = (state, examples, examples, PartitionSpec(None, by_seed, axis))
     program = partial(_each_seed if several else _one_seed, partial(epoch, axis_name=axis))
     # As it is named in profiles and logs.

@@ -42,7 +42,7 @@ def export_file(run: Trained, path: Path) -> None:
     for position in keras_layers.creation_order(nodes):
         arrays = run.variables["params"].get(linen_names.get(position), {})
         arrays = [np.asarray(arrays[key]) for key in ("kernel", "bias") if key in arrays]
-        layers.append((nodes[position].text.split()[0], names[position], arrays))
+        layers.append((nodes[position].kind, names[position], arrays))
     keras_files.write(path, config, layers)
 
 

@@ -25,8 +25,8 @@ from mnist_flax import (
     keras_files,
     keras_layers,
     models,
+    optim,
     parallel,
-    parts,
     report,
     rundir,
     train,
@@ -85,20 +85,19 @@ def import_file(
         models.create(name)
     datasets.check_name(dataset)
     _check_folder(run_dir)
-    # Refuses, where JAX would not in a sentence.
+    # For its UserError: without a device JAX would fail later, with a traceback.
     parallel.devices()
     content = keras_files.read(path)
-    with keras_files.faults_said(path):
+    with keras_files.as_user_error(path):
         name, model, image_shape = recognise(content, name)
         params = params_of(content, model, image_shape)
 
     config = config_lib.recipe(name, dataset, model=name)
     config_lib.validate(config)
-    tx = parts.create_optimizer(config, config.batch_size)
     state = TrainState(
         step=jnp.zeros([], jnp.int32),
         params=params,
-        opt_state=tx.init(params),
+        opt_state=optim.without_schedule(config.optimizer).init(params),
         batch_stats={},
         key=jax.random.key_data(jax.random.key(config.seed)),
     )
@@ -109,7 +108,8 @@ def import_file(
         "versions": environment.versions(),
         "position": train.Position().record(),
     }
-    run_dir = Path(os.path.abspath(run_dir))
+    # A link stays, and what it leads to is replaced.
+    run_dir = Path(os.path.realpath(run_dir))
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         # Elsewhere until it is whole.
@@ -211,7 +211,7 @@ def _fits(content: Content, model: nn.Module, any_dropout: bool) -> bool:
         if any_dropout:
             nodes, found = (keras_layers.without_dropout(n) for n in (nodes, found))
         return nodes == found
-    dropouts = sum(node.text.startswith("Dropout") for node in nodes)
+    dropouts = sum(node.kind == "Dropout" for node in nodes)
     if content.dropouts != dropouts and not any_dropout:
         return False
     try:

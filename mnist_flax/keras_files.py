@@ -2,21 +2,20 @@
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 
-from mnist_flax import hdf5_reader, keras_layers
+from mnist_flax import files, hdf5_reader, keras_layers
 from mnist_flax.errors import UserError
 
 SUFFIXES = (".keras", ".weights.h5", ".h5")
@@ -72,12 +71,12 @@ def read(path: Path) -> Content:
             f"{path} is neither an HDF5 nor a .keras file: give what Keras's model.save or "
             "model.save_weights wrote"
         )
-    with faults_said(path):
+    with as_user_error(path):
         return _content(_read_apart(path))
 
 
 @contextmanager
-def faults_said(path: Path) -> Iterator[None]:
+def as_user_error(path: Path) -> Iterator[None]:
     """Turns whatever a file's content leads to into one sentence.
 
     Raises:
@@ -91,6 +90,8 @@ def faults_said(path: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         start, reason = "is damaged or was not written by Keras (", str(error) or repr(error)
         end = "): save the model again"
+    except MemoryError:
+        start, reason, end = "cannot be taken: ", "it takes more memory than is free", ""
     except RecursionError:
         start, reason = "is damaged or was not written by Keras (", "it nests too deeply"
         end = "): save the model again"
@@ -120,13 +121,9 @@ def write(path: Path, config: keras_layers.Config, layers: Layers) -> None:
                 _write_weights(file, layers)
             else:
                 _write_legacy(file, config, layers)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(memory.getbuffer())
-        os.replace(temporary, path)
+        files.replace(path, memory.getbuffer())
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}): name another") from None
 
 

@@ -56,6 +56,11 @@ class Node(NamedTuple):
     text: str
     inputs: tuple[int, ...]
 
+    @property
+    def kind(self) -> str:
+        """The layer's class in Keras."""
+        return self.text.split()[0]
+
 
 class Described(NamedTuple):
     """A network as a Keras configuration describes it.
@@ -117,7 +122,7 @@ def without_dropout(nodes: list[Node]) -> list[Node]:
     moved = {-1: -1}
     for position, node in enumerate(nodes):
         inputs = tuple(moved[i] for i in node.inputs)
-        if node.text.split()[0] == "Dropout":
+        if node.kind == "Dropout":
             moved[position] = inputs[0]
         else:
             moved[position] = len(kept)
@@ -143,7 +148,7 @@ def linen_names(nodes: list[Node]) -> dict[int, str]:
     counts: Counter[str] = Counter()
     names = {}
     for position, node in enumerate(nodes):
-        if kind := {"Conv2D": "Conv", "Dense": "Dense"}.get(node.text.split()[0]):
+        if kind := {"Conv2D": "Conv", "Dense": "Dense"}.get(node.kind):
             names[position] = f"{kind}_{counts[kind]}"
             counts[kind] += 1
     return names
@@ -216,18 +221,21 @@ def describe(config: Config) -> Described:
     # Logits and probabilities come of the same weights.
     if re.fullmatch(r"Dense \d+", nodes[-1].text):
         nodes[-1] = Node(f"{nodes[-1].text} softmax", nodes[-1].inputs)
-    image_shape = None
-    if shape is not None and len(shape) == 4:
-        most = (_MOST_PIXELS, _MOST_PIXELS, _MOST_CHANNELS)
-        for size, limit in zip(shape[1:], most, strict=True):
-            if type(size) is not int or not 0 < size <= limit:
-                raise UserError(
-                    f"its images are of the shape {shape[1:]}, not height, width and channels in "
-                    f"numbers up to {_MOST_PIXELS}, {_MOST_PIXELS} and {_MOST_CHANNELS}"
-                )
-        image_shape = tuple(shape[1:])
     order = [(name, layer["class_name"]) for name, layer in layers.items()]
-    return Described(nodes, node_names, image_shape, order)
+    return Described(nodes, node_names, _image_shape(shape), order)
+
+
+def _image_shape(batch_shape: Any) -> tuple[int, ...] | None:
+    """(H, W, C) of a batch of images; None where it says something else."""
+    if batch_shape is None or len(batch_shape) != 4:
+        return None
+    shape, most = batch_shape[1:], (_MOST_PIXELS, _MOST_PIXELS, _MOST_CHANNELS)
+    if not all(type(n) is int and 0 < n <= limit for n, limit in zip(shape, most, strict=True)):
+        raise UserError(
+            f"its images are of the shape {shape}, not height, width and channels in numbers up "
+            f"to {_MOST_PIXELS}, {_MOST_PIXELS} and {_MOST_CHANNELS}"
+        )
+    return tuple(shape)
 
 
 def config_of(nodes: list[Node], image_shape: tuple[int, int, int]) -> tuple[Config, list[str]]:
@@ -237,13 +245,13 @@ def config_of(nodes: list[Node], image_shape: tuple[int, int, int]) -> tuple[Con
     as Keras would name them, and weights start as by default.
     """
     order = creation_order(nodes)
-    kinds = (nodes[position].text.split()[0] for position in order)
+    kinds = (nodes[position].kind for position in order)
     names = dict(zip(order, numbered(kinds), strict=True))
     image = {"batch_input_shape": [None, *image_shape], "dtype": "float32", "name": "input_layer"}
     layers = [{"class_name": "InputLayer", "config": image}]
     for position in order:
         options = _options(nodes[position].text) | {"name": names[position], "dtype": "float32"}
-        layers.append({"class_name": nodes[position].text.split()[0], "config": options})
+        layers.append({"class_name": nodes[position].kind, "config": options})
     ordered_names = [names[position] for position in range(len(nodes))]
     if all(node.inputs == (position - 1,) for position, node in enumerate(nodes)):
         inner = {"name": "sequential", "layers": layers}

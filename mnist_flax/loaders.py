@@ -61,7 +61,7 @@ class Resident:
             yield Piece(*self._arrays, _on_devices(part, self._mesh))
 
     def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
-        """The shapes and dtypes of a piece of so many steps."""
+        """The shapes and dtypes of a piece of `steps` steps."""
         return Piece(*self._arrays, _abstract_rows(steps, seeds, batch_size, self._mesh))
 
 
@@ -113,7 +113,7 @@ class Streamed:
         return images[places], labels[places]
 
     def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
-        """The shapes and dtypes of a piece of so many steps."""
+        """The shapes and dtypes of a piece of `steps` steps."""
         rows = _abstract_rows(steps, seeds, batch_size, self._mesh)
         return Piece(
             jax.ShapeDtypeStruct((rows.size, *self.image_shape), jnp.uint8),
@@ -164,13 +164,13 @@ def _check_memory(name: str, split: str, manual_dir: str, copies: int) -> None:
 
 def _parts(rows: np.ndarray, length: int, mesh: Mesh) -> list[np.ndarray]:
     """Rows of at most `length` steps, filled up so that devices get as many examples of a batch."""
-    filling = [(0, 0), (0, 0), (0, -rows.shape[-1] % mesh.shape[parallel.AXIS])]
+    filling = [(0, 0), (0, 0), (0, -rows.shape[-1] % mesh.shape[parallel.BATCH])]
     rows = np.pad(rows, filling, constant_values=-1)
     return [rows[start : start + length] for start in range(0, len(rows), length)]
 
 
 def _abstract_rows(steps: int, seeds: int, batch_size: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    batch_size += -batch_size % mesh.shape[parallel.AXIS]
+    batch_size += -batch_size % mesh.shape[parallel.BATCH]
     return jax.ShapeDtypeStruct((steps, seeds, batch_size), jnp.int32)
 
 

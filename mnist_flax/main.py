@@ -18,6 +18,8 @@ from mnist_flax import cli, report, signals, train
 from mnist_flax import config as config_lib
 from mnist_flax.errors import UserError
 
+_NAME_A_RECIPE = "name a recipe: --config=configs/larger.py or --config=configs/larger.py:digits"
+
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
@@ -46,35 +48,48 @@ def parse() -> tuple[ConfigDict, str | None]:
     """
     values = flags.FlagValues()
     workdir = flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
-    for arg in sys.argv[1:]:
-        # The flags library answers an unknown key with an AttributeError from deep inside.
+    for arg, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+        # The flags library answers an unknown key with an AttributeError from deep inside, and a
+        # missing file at the first override.
         if key := re.match(r"--?config\.([^=]+)", arg):
             config_lib.check_key(key[1])
+        if given := re.match(r"--?config(=|$)(.*)", arg):
+            file = (given[2] if given[1] else following).partition(":")[0]
+            if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
+                raise UserError(f"there is no recipe file {file} to read: try configs/larger.py")
     try:
         recipe = config_flags.DEFINE_config_file("config", flag_values=values)
         rest = values(sys.argv)[1:]
     except flags.IllegalFlagValueError as error:
-        found = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error))
-        raise (
-            config_lib.wrong_type(found[1], found[2]) if found else UserError(str(error))
-        ) from None
+        if found := re.match(r"flag --config\.([^=]+)=(.*?): ", str(error)):
+            raise config_lib.wrong_type(found[1], found[2]) from None
+        # What the recipe raised is behind two errors that hold its traceback as a text.
+        behind = error.__context__ and error.__context__.__context__
+        raise _unusable(behind or error) from error
     except flags.Error as error:
+        # Without a recipe there is no key to override.
+        if getattr(error, "flagname", "").startswith("config."):
+            raise UserError(_NAME_A_RECIPE) from None
         raise UserError(f"{error}; see python -m mnist_flax.main --help") from None
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"the recipe file cannot be used ({error!r})") from error
+        raise _unusable(error) from error
     if rest:
         raise UserError(f"{rest[0]!r} is no flag; see python -m mnist_flax.main --help")
-    if recipe.value is None:
-        raise UserError(
-            "name a recipe: --config=configs/larger.py or --config=configs/larger.py:digits"
-        )
+    if not values["config"].present:
+        raise UserError(_NAME_A_RECIPE)
     if not isinstance(recipe.value, ConfigDict):
-        name = config_flags.get_config_filename(values["config"])
-        raise UserError(f"there is no recipe file {name}: try configs/larger.py")
+        raise UserError(
+            f"the recipe file gives {recipe.value!r} instead of a ConfigDict: have its get_config "
+            "return what mnist_flax.config.recipe gives"
+        )
     # A shell expands it at the start of a word only.
     return recipe.value, workdir.value and os.path.expanduser(workdir.value)
+
+
+def _unusable(error: BaseException) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"the recipe file cannot be used ({error!r})")
 
 
 if __name__ == "__main__":

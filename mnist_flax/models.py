@@ -57,6 +57,7 @@ class CNN(nn.Module):
             Conv(features, (kernel, kernel), pool=pool, dtype=self.dtype)
             for features, kernel, pool in self.convs
         ]
+        # In training alone, so that elsewhere summaries and interceptors see each module.
         if train and len(convs) > 1 and not convs[0].pool and not self.is_initializing():
             first, second, *convs = convs
             x = conv_relu_twice(x, first, second)

@@ -55,8 +55,8 @@ def create(name: str, schedule: optax.Schedule) -> Elementwise:
     return Elementwise(*optax.chain(scale, optax.scale_by_learning_rate(schedule)))
 
 
-def for_its_state(name: str) -> Elementwise:
-    """The optimiser with any schedule, as the shapes of its state are the same for all."""
+def without_schedule(name: str) -> Elementwise:
+    """The optimiser with learning rate 0, for its initial state, which no schedule changes."""
     return create(name, optax.constant_schedule(0.0))
 
 

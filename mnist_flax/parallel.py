@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from mnist_flax import environment
 from mnist_flax.errors import UserError
 
-SEEDS, AXIS = "seeds", "devices"
+SEEDS, BATCH = "seeds", "batch"
 
 # Fewer examples than this leave a core more work with the gradients' sum than with the examples.
 _LEAST_EXAMPLES = 16
@@ -69,12 +69,12 @@ def seeds_sharding(mesh: Mesh) -> NamedSharding:
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of the rows of batches, [steps, seeds, B]: each device has its seeds' share."""
-    return NamedSharding(mesh, PartitionSpec(None, SEEDS, AXIS))
+    return NamedSharding(mesh, PartitionSpec(None, SEEDS, BATCH))
 
 
 def per_device_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first axis is one block for each device after the other."""
-    return NamedSharding(mesh, PartitionSpec((SEEDS, AXIS)))
+    return NamedSharding(mesh, PartitionSpec((SEEDS, BATCH)))
 
 
 def devices() -> list[jax.Device]:
@@ -93,11 +93,11 @@ def devices() -> list[jax.Device]:
 
 
 def _mesh(devices: list[jax.Device], shape: tuple[int, int]) -> Mesh:
-    return Mesh(np.array(devices).reshape(shape), (SEEDS, AXIS), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(np.array(devices).reshape(shape), (SEEDS, BATCH), axis_types=(AxisType.Auto,) * 2)
 
 
 def _shape(config: ConfigDict, devices: int) -> tuple[int, int]:
-    """Of so many devices, how many to share the seeds and each batch."""
+    """How many of the devices share the seeds, and how many each batch."""
     if config.parallel:
         rows = math.gcd(config.num_seeds, config.parallel)
         return rows, config.parallel // rows

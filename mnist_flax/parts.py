@@ -148,7 +148,7 @@ def _check_memory(num_seeds: int, state: TrainState, mesh: Mesh) -> None:
     host, device = environment.free_memory()
     if device is None:
         # On CPU the copies of all devices that share a batch lie in one memory.
-        needed, free = needed * mesh.shape[parallel.AXIS], host
+        needed, free = needed * mesh.shape[parallel.BATCH], host
     else:
         free = device * mesh.shape[parallel.SEEDS]
     if needed > free:
@@ -181,7 +181,7 @@ def piece_length(config: ConfigDict, num_examples: int, most: int, mesh: Mesh) -
     if per_epoch * turns <= 5 * least:
         length = per_epoch
     cap = max(1, most // (config.batch_size * config.num_seeds))
-    length = min(length, cap)
+    length = min(length, cap, per_epoch)
     if 0 < every < per_epoch:
         divisors = [n for n in range(1, min(every, cap) + 1) if every % n == 0]
         return min(divisors, key=lambda n: max(n, length) / min(n, length))

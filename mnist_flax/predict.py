@@ -8,6 +8,9 @@ from PIL import Image, ImageOps
 from mnist_flax import cli, trained
 from mnist_flax.errors import UserError
 
+# Not what Pillow has another program draw, such as EPS.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+
 
 def main() -> None:
     parser = cli.run_parser("predict", __doc__)
@@ -38,7 +41,7 @@ def read(path: Path, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
     if shape[2] not in (1, 3):
         raise UserError(f"image files have 1 or 3 channels, and the network takes {shape[2]}")
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=_FORMATS)
         # Of a PGM they come as 32.
         has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
         image = ImageOps.exif_transpose(image)

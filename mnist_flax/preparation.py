@@ -26,7 +26,7 @@ def prepare(
     processes share, and the second to finish fails.
 
     Raises:
-      UserError: no network, a wrong file, a folder that cannot be written, TensorFlow needed.
+        UserError: no network, a wrong file, a folder that cannot be written, TensorFlow needed.
     """
     root, target = Path(builder.data_dir_root), Path(builder.data_dir)
     occupied = target.exists() and any(target.iterdir())

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mnist_flax import config as config_lib
+from mnist_flax import files
 from mnist_flax.errors import UserError
 
 _LOCK = ".lock"
@@ -70,8 +71,15 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
         )
     if not run_dir.exists():
         return
-    # A start that was killed may leave its lock, and a file half-written under another name.
-    if all(path.suffix == ".tmp" or path.name == _LOCK for path in run_dir.iterdir()):
+    folder = checkpoints(run_dir)
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise UserError(f"{folder} is no folder, or on a disk that is not there: see to that first")
+    # Not what Orbax left of a save that was cut short.
+    steps = {path.name for path in folder.glob("*") if path.name.isdigit()}
+    # A start that was killed may leave its lock, a file half-written under another name, and a
+    # place for checkpoints.
+    left = {path.name for path in run_dir.iterdir() if path.suffix != ".tmp"}
+    if left <= {_LOCK, folder.name} and not steps:
         return
     if not (run_dir / "config.json").exists():
         raise UserError(
@@ -79,7 +87,6 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
             "config.json in it): name an empty or a new one with --workdir"
         )
     stored, given = (config_lib.flatten(c) for c in (read_config(run_dir), config))
-    steps = {path.name for path in checkpoints(run_dir).glob("*")}
     if summary.exists() or steps - {"0"}:
         fixed = (stored | given).keys() - _MAY_DIFFER
     else:
@@ -105,7 +112,7 @@ def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
         UserError: another process trains there, or left something since `check`; the folder cannot
             be written.
     """
-    with _faults_said(run_dir):
+    with _as_user_error(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / _LOCK).open("w")
     # The system unlocks what is closed, also when the process is killed.
@@ -125,12 +132,11 @@ def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
             )
         # The file stays: one that was unlinked could be locked twice.
         check(run_dir, config)
-        write_config(run_dir, config)
         yield
 
 
 @contextmanager
-def _faults_said(run_dir: Path) -> Iterator[None]:
+def _as_user_error(run_dir: Path) -> Iterator[None]:
     """Raises UserError where the folder cannot be written."""
     try:
         yield
@@ -247,12 +253,10 @@ def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    with _faults_said(run_dir), (run_dir / "metrics.jsonl").open("a") as file:
+    with _as_user_error(run_dir), (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with _faults_said(path.parent):
-        temporary.write_text(text)
-        os.replace(temporary, path)
+    with _as_user_error(path.parent):
+        files.replace(path, text.encode())

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from mnist_flax import batches, epochs, steps
 from mnist_flax.loaders import Loader
@@ -35,16 +36,17 @@ def compile_scorer(
 
     def score(variables: Any) -> dict[str, Any]:
         parts = [jax.device_get(epoch(variables, piece)) for piece in data.pieces(rows, length)]
-        return averages(jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=float), *parts))
+        sums = jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=float), *parts)
+        return averages(sums.loss_sum, sums.correct, sums.count)
 
     return score
 
 
-def averages(metrics: steps.Metrics) -> dict[str, Any]:
-    """Means over examples as Python numbers, or lists of them, from sums on the host."""
-    counts = np.asarray(metrics.count, float)
+def averages(loss_sum: ArrayLike, correct: ArrayLike, count: ArrayLike) -> dict[str, Any]:
+    """Means over examples from sums on the host, numbers or [seeds], as numbers or lists."""
+    counts = np.asarray(count, float)
     return {
-        "loss": (np.asarray(metrics.loss_sum, float) / counts).tolist(),
-        "accuracy": (np.asarray(metrics.correct, float) / counts).tolist(),
+        "loss": (np.asarray(loss_sum, float) / counts).tolist(),
+        "accuracy": (np.asarray(correct, float) / counts).tolist(),
         "count": int(counts.flat[0]),
     }

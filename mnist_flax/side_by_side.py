@@ -148,7 +148,7 @@ def _in_places(kernel, pool):
 
 
 def _taps(x, size, count, stride):
-    """Cuts x [C, H, W, images] into count, OH×OW, tiles of that size, so many pixels apart.
+    """Cuts x [C, H, W, images] into OH×OW tiles of `size`, `stride` pixels apart.
 
     Returns:
         The first, second, ... pixel of all tiles, [C, OH, OW·images] each, in row-major order.

@@ -44,7 +44,7 @@ class Batch:
 
 @flax.struct.dataclass
 class Metrics:
-    """Sums over examples: of the loss (float32), of correct predictions and of ones (int32)."""
+    """Sums over examples: the loss (float32), correct predictions and their number (int32)."""
 
     loss_sum: jax.Array
     correct: jax.Array

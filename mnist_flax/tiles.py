@@ -11,7 +11,7 @@ _LEAST_SPLIT = 16
 
 
 def add(tiles: jax.Array, stride: int, h: int, w: int) -> jax.Array:
-    """Tiles [B, TH, TW, NH, NW, C], so many pixels apart, summed into [B, h, w, C].
+    """Tiles [B, TH, TW, NH, NW, C], `stride` pixels apart, summed into [B, h, w, C].
 
     A tile is taken as squares of stride × stride pixels, which lie on the same grid for all
     tiles: tiles of 4×4 at stride 2 have four, so that four additions of whole images do.
@@ -36,18 +36,18 @@ def fit(x: jax.Array, h: int, w: int) -> jax.Array:
     return x[:, :h, :w]
 
 
-def splits(batch: int) -> bool:
+def is_split(batch: int) -> bool:
     """Whether a batch is split at all."""
     return batch >= _LEAST_SPLIT
 
 
 def splitter(batch: int, most: int) -> Callable[[jax.Array], jax.Array]:
-    """A function from [B, ...] to [blocks, block, ...] with blocks of at most so many images.
+    """A function from [B, ...] to [blocks, block, ...] with blocks of at most `most` images.
 
     A batch that no good block size divides is cut into as few blocks of one size as there can be,
     the last filled up with zeros, which add nothing to sums.
     """
-    most = max(1, min(batch, most) if splits(batch) else batch)
+    most = max(1, min(batch, most) if is_split(batch) else batch)
     divisor = max(n for n in range(1, most + 1) if batch % n == 0)
     size = divisor if 2 * divisor >= most else -(-batch // -(-batch // most))
     blocks = -(-batch // size)

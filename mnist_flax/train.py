@@ -5,7 +5,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from mnist_flax.loaders import Piece
 from mnist_flax.state import TrainState
 
 
-@dataclass
+@dataclass(frozen=True)
 class Position:
     """Where a run stands beside its state; every checkpoint keeps it.
 
@@ -60,21 +60,23 @@ class Position:
     compile_seconds: float = 0.0
     wall_seconds: float = 0.0
 
-    def add(self, metrics: steps.Metrics, seconds: float) -> None:
-        """Counts a finished piece of the epoch under way."""
-        self.loss_sum = self.loss_sum + np.asarray(metrics.loss_sum, np.float64)
-        self.correct = self.correct + np.asarray(metrics.correct, np.int64)
-        self.count = self.count + np.asarray(metrics.count, np.int64)
-        self.seconds += seconds
+    def after(self, metrics: steps.Metrics, seconds: float) -> "Position":
+        """With a finished piece of the epoch under way counted."""
+        return replace(
+            self,
+            loss_sum=self.loss_sum + np.asarray(metrics.loss_sum, np.float64),
+            correct=self.correct + np.asarray(metrics.correct, np.int64),
+            count=self.count + np.asarray(metrics.count, np.int64),
+            seconds=self.seconds + seconds,
+        )
+
+    def next_epoch(self) -> "Position":
+        """At the beginning of the next epoch, of which nothing is counted."""
+        return replace(self, epoch=self.epoch + 1, loss_sum=0.0, correct=0, count=0, seconds=0.0)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps, and `Position(**record)` takes up."""
         return {key: np.asarray(value).tolist() for key, value in asdict(self).items()}
-
-    def next_epoch(self) -> None:
-        """Begins the next epoch with nothing counted."""
-        self.epoch += 1
-        self.loss_sum, self.correct, self.count, self.seconds = 0.0, 0, 0, 0.0
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -116,6 +118,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             f"batch_size={config.batch_size} is more than the {data.train.size} examples "
             f"of {config.data.train_split}: use at most that many"
         )
+    if (total := config.epochs * parts.steps_per_epoch(config, data.train.size)) >= 2**31:
+        raise UserError(f"{total:,} steps are more than can be counted (2**31): set fewer epochs")
     model = parts.create_model(config, data.num_classes)
     tx = parts.create_optimizer(config, data.train.size)
     abstract = parts.abstract_state(config, model, tx, data.train.image_shape, mesh)
@@ -160,48 +164,34 @@ def _train_and_score(
         "num_classes": data.num_classes,
         "config": config.to_dict(),
         "versions": environment.versions(),
-        "devices_a_batch": mesh.shape[parallel.AXIS],
+        "devices_a_batch": mesh.shape[parallel.BATCH],
     }
     # Signals outside, so that one that arrives while the last checkpoint is written waits.
     with (
         signals.noted() as received,
         checkpoint.open_manager(rundir.checkpoints(run_dir)) as manager,
     ):
-        position = Position()
         check_finite = partial(_check_finite, config, manager)
-
-        def like(record: dict[str, Any]) -> TrainState:
-            _check_data(config, record, constants)
-            before = record["config"]["optimizer"]
-            if before == config.optimizer:
-                return abstract
-            # A network from a Keras file, with whose optimiser nothing was trained.
-            init = optim.for_its_state(before).init
-            return abstract.replace(opt_state=jax.eval_shape(init, abstract.params))
-
-        if restored := checkpoint.restore(manager, like):
-            state, record = restored
-            if record["config"]["optimizer"] != config.optimizer:
-                shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-                opt_state = jax.jit(tx.init, out_shardings=shardings)(state.params)
-                state = state.replace(opt_state=opt_state)
-            position = Position(**record["position"])
-            report.resuming(state_lib.num_updates(state), position.epoch, config.epochs)
-            _check_devices(record.get("devices_a_batch"), constants["devices_a_batch"])
-        else:
-            state = parts.initial_state(config, model, tx, data.train.image_shape, mesh)
+        state, position = _restore(config, manager, abstract, constants) or (None, Position())
+        if state is None or state_lib.num_updates(state) == 0:
+            start = parts.initial_state(config, model, tx, data.train.image_shape, mesh)
+            # Of a network from a Keras file the parameters alone count.
+            state = start.replace(params=state.params) if state else start
+        # Not before the data are known to be those of the checkpoint.
+        rundir.write_config(run_dir, config)
         rundir.start_metrics(run_dir, state_lib.num_updates(state))
         earlier = position.wall_seconds
 
         clock = time.perf_counter()
         programs = parts.compile_programs(config, model, tx, state, data, mesh)
-        position.compile_seconds += time.perf_counter() - clock
+        compile_seconds = position.compile_seconds + time.perf_counter() - clock
+        position = replace(position, compile_seconds=compile_seconds)
 
         while position.epoch < config.epochs and not received:
             pieces = _train_pieces(config, data, programs, state, position, received)
             images = data.train.size * config.num_seeds
             with report.progress(position, config.epochs, images) as bar:
-                for state in pieces:  # noqa: B007 - it is used after the loop
+                for state, position in pieces:  # noqa: B007 - `state` is used after the loop
                     check_finite("the loss", [position.loss_sum], position)
                     report.advance(bar, position)
             # The last update may have broken what the last loss does not show yet.
@@ -215,8 +205,8 @@ def _train_and_score(
                 rundir.append_metrics(run_dir, row)
                 report.epoch(row, config)
                 watch_accuracy = row["watch_accuracy"] if keep_best else None
-                position.next_epoch()
-            position.wall_seconds = earlier + time.perf_counter() - began
+                position = position.next_epoch()
+            position = replace(position, wall_seconds=earlier + time.perf_counter() - began)
             checkpoint.save(
                 manager, state, constants | {"position": position.record()}, watch_accuracy
             )
@@ -225,11 +215,35 @@ def _train_and_score(
 
     score = programs.score_test(state_lib.variables(state))
     check_finite("the test loss", [score["loss"]], position)
-    position.wall_seconds = earlier + time.perf_counter() - began
+    position = replace(position, wall_seconds=earlier + time.perf_counter() - began)
     summary = _summary(config, data, parameters, score, position, rundir.read_metrics(run_dir))
     rundir.write_summary(run_dir, summary)
     report.result(summary, run_dir)
     return summary
+
+
+def _restore(
+    config: ConfigDict, manager: Any, abstract: TrainState, constants: dict[str, Any]
+) -> tuple[TrainState, Position] | None:
+    """State and position of the newest sound checkpoint; None where there is none."""
+
+    def like(record: dict[str, Any]) -> TrainState:
+        _check_data(config, record, constants)
+        before = record["config"]["optimizer"]
+        if before == config.optimizer:
+            return abstract
+        # A network from a Keras file, with whose optimiser nothing was trained.
+        init = optim.without_schedule(before).init
+        return abstract.replace(opt_state=jax.eval_shape(init, abstract.params))
+
+    restored = checkpoint.restore(manager, like)
+    if restored is None:
+        return None
+    state, record = restored
+    position = Position(**record["position"])
+    report.resuming(state_lib.num_updates(state), position.epoch, config.epochs)
+    _check_devices(record.get("devices_a_batch"), constants["devices_a_batch"])
+    return state, position
 
 
 def _train_pieces(
@@ -239,11 +253,12 @@ def _train_pieces(
     state: TrainState,
     position: Position,
     received: list[int],
-) -> Iterator[TrainState]:
+) -> Iterator[tuple[TrainState, Position]]:
     """Trains on to the end of the epoch, or to where a checkpoint is due or a signal is received.
 
-    Yields once for each piece, when `position` has its metrics. By then the device is at the next
-    one, so that it does not wait for the host; what is yielded last is the state of `position`.
+    Yields the newest state and the position after each piece, when its metrics are there. By then
+    the device is at the next piece, so that it does not wait for the host: the state is that of the
+    position only in what is yielded last.
     """
     num_examples = data.train.size
     rows = np.stack(
@@ -264,10 +279,10 @@ def _train_pieces(
                 return
 
     clock = time.perf_counter()
-    for after, metrics in epochs.run_pieces(programs.train, state, pieces()):
+    for newest, metrics in epochs.run_pieces(programs.train, state, pieces()):
         now = time.perf_counter()
-        position.add(metrics, now - clock)
-        yield after
+        position = position.after(metrics, now - clock)
+        yield newest, position
         clock = now
 
 
@@ -275,7 +290,7 @@ def _epoch_row(
     config: ConfigDict, programs: parts.Programs, state: TrainState, position: Position
 ) -> dict[str, Any]:
     """The row of a finished epoch in metrics.jsonl."""
-    train = scoring.averages(position)
+    train = scoring.averages(position.loss_sum, position.correct, position.count)
     watch = programs.score_watch(state_lib.variables(state)) if programs.score_watch else {}
     scores = {
         "train_loss": train["loss"],

@@ -144,7 +144,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     """
     run_dir = Path(workdir)
     config = rundir.read_config(run_dir)
-    # Refuses, where Orbax would not in a sentence.
+    # For its UserError: without a device Orbax would fail later, with a traceback.
     parallel.devices()
     seeds = config_lib.seeds(config)
     if seed is None and len(seeds) > 1:
@@ -164,7 +164,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
         shape = tuple(record["image_shape"])
         model = parts.create_model(config, record["num_classes"])
         # Not the run's where a network from a Keras file is about to train with another.
-        tx = optim.for_its_state(record["config"]["optimizer"])
+        tx = optim.without_schedule(record["config"]["optimizer"])
         create = partial(state_lib.create, model=model, tx=tx, image_shape=shape)
         if len(seeds) > 1:
             return jax.eval_shape(jax.vmap(create), np.zeros(len(seeds), np.uint32))

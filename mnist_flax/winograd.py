@@ -61,7 +61,17 @@ def _conv_relu_bwd(pool, residuals, g):
 
 
 def forward(x, weights, bias, pool, plan):
-    """Of a block of images the result, and for its gradient which numbers passed."""
+    """The result for a block of images.
+
+    Args:
+        x: [B, H, W, C].
+        weights: of `transformed_kernel`, [n, C, F].
+        bias: [F].
+
+    Returns:
+        y [B, OH, OW, F], and which numbers get the gradient: bool of y's shape; with `pool`
+        uint8 [q, q, B·TH·TW, F], which of the four, or 4 for none.
+    """
     products = jnp.matmul(_transformed_tiles(x, plan), weights)
     y = tiles.dot(plan.output, products.reshape(len(products), -1))
     if not pool:
@@ -74,7 +84,10 @@ def forward(x, weights, bias, pool, plan):
 
 
 def backward(x, choice, g, weights, pool, plan):
-    """The gradients of the weights, the bias and x by one block; g is that of its result."""
+    """The gradients of weights, bias and x by a block whose result has the gradient g.
+
+    `choice` is of `forward`. The shapes are [n, C, F], [F] and [B, H, W, C].
+    """
     m, features = plan.m, weights.shape[2]
     if pool:
         g = _to_output_tiles(g, plan)

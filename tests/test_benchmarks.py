@@ -155,7 +155,7 @@ def test_the_table_of_accuracies():
     assert "convnet" not in text
     assert "cpu (2 cores); jax 1, keras 3.\n" in text
     old = run(0.98) | {"device": "cpu (8 cores)", "versions": {"jax": "0"}}
-    assert "cpu (8 cores) and cpu (2 cores); jax 0 and 1.\n" in reproduce.table(
+    assert "cpu (8 cores), cpu (2 cores); jax 0 and 1.\n" in reproduce.table(
         {"larger": [old, run(0.99)]}
     )
     elsewhere = run(0.99) | {"device": "cpu (8 cores)", "minutes": 4.5}

@@ -61,7 +61,7 @@ def test_state_and_record_come_back(tmp_path, start):
 
 
 def test_what_all_devices_have_is_written_as_a_whole(tmp_path, start):
-    everywhere = parallel.replicated_sharding(jax.make_mesh((4,), (parallel.AXIS,)))
+    everywhere = parallel.replicated_sharding(jax.make_mesh((4,), (parallel.BATCH,)))
     state = jax.device_put(start, everywhere)
     with checkpoint.open_manager(tmp_path / "c") as manager:
         checkpoint.save(manager, state, {})
@@ -214,14 +214,54 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path, start):
         restore(folder, start, step=1)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(5, "Input/output error"),
+        MemoryError(),
+        ValueError("PERMISSION_DENIED: Error opening local file"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_kept(tmp_path, start, error):
+    def fail(record):
+        raise error
+
+    folder = saved(tmp_path / "c", start, [None, None])
+    with (
+        checkpoint.open_manager(folder) as manager,
+        pytest.raises(UserError, match=r"checkpoint 2 in .* cannot be read at the moment"),
+    ):
+        checkpoint.restore(manager, fail)
+    assert restore(folder, start)[1] == {"note": 2}
+
+
+def test_what_an_unfinished_save_left_is_cleared_away(tmp_path, start):
+    folder = saved(tmp_path / "c", start, [None])
+    (folder / "2.orbax-checkpoint-tmp").mkdir()
+    assert restore(folder, start)[1] == {"note": 1}
+    with checkpoint.open_manager(folder) as manager:
+        checkpoint.save(manager, at(start, 3), {"note": 3})
+    assert steps_in(folder) == [1, 3]
+
+
+def test_a_folder_that_cannot_be_opened_is_said(tmp_path):
+    (tmp_path / "c").write_text("")
+    with (
+        pytest.raises(UserError, match=r"c/d cannot be used \(.*Not a directory.*\): see to that"),
+        checkpoint.open_manager(tmp_path / "c/d"),
+    ):
+        pass
+
+
 def test_an_error_without_a_message_is_damage_too(tmp_path, start):
     def broken(record):
-        raise MemoryError
+        raise LookupError
 
     folder = saved(tmp_path / "c", start, [None])
     with (
         checkpoint.open_manager(folder, read_only=True) as manager,
-        pytest.warns(UserWarning, match="MemoryError"),
+        pytest.warns(UserWarning, match="LookupError"),
         pytest.raises(UserError, match="can be read"),
     ):
         checkpoint.restore(manager, broken)

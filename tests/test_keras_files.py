@@ -23,6 +23,7 @@ from mnist_flax import (
     datasets,
     evaluate,
     export_keras,
+    files,
     hdf5_reader,
     import_keras,
     keras_files,
@@ -345,8 +346,9 @@ def test_an_imported_network_trains_on_with_another_optimizer(tmp_path):
     import_keras.import_file(tmp_path / "model.keras", run_dir)
     config = config_lib.recipe("convnet", "digits", model="convnet", optimizer="rmsprop")
     config.data.train_split, config.epochs = "train[:32]", 1
-    with rundir.held(run_dir, config):
-        assert_equal(trained.load(run_dir).variables["params"], run.variables["params"])
+    # As a start that was killed leaves it.
+    rundir.write_config(run_dir, config)
+    assert_equal(trained.load(run_dir).variables["params"], run.variables["params"])
     train.train_and_evaluate(config, run_dir)
 
     data = datasets.load("digits", "train[:32]")
@@ -373,7 +375,7 @@ def test_a_network_is_not_scored_on_images_of_another_shape(tmp_path):
 
 def taken(path, name=None):
     content = keras_files.read(path)
-    with keras_files.faults_said(path):
+    with keras_files.as_user_error(path):
         found, model, image_shape = import_keras.recognise(content, name)
         import_keras.params_of(content, model, image_shape)
     return found
@@ -840,7 +842,7 @@ def full_disk(*args, **kwargs):
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(keras_files.os, "replace", full_disk)
+    monkeypatch.setattr(files.os, "replace", full_disk)
     for suffix in keras_files.SUFFIXES:
         with pytest.raises(UserError, match="cannot be written .No space left on device"):
             export_keras.export_file(loaded("larger"), tmp_path / f"model{suffix}")
@@ -872,6 +874,47 @@ def test_an_imported_run_trains_on(tmp_path):
     after = trained.load(tmp_path / "run")
     assert after.step == 1 and summary["train_examples"] == 32
     assert_equal(after.variables["params"], run.variables["params"])
+
+
+def test_an_imported_run_draws_dropout_by_its_seed(tmp_path):
+    run = loaded("larger")
+    export_keras.export_file(run, tmp_path / "model.keras")
+    trained_params = []
+    for seed in (1, 2):
+        import_keras.import_file(tmp_path / "model.keras", tmp_path / f"run{seed}")
+        # One batch of all examples, so that their order makes no difference.
+        config = config_lib.recipe("larger", "digits", model="larger", seed=seed)
+        config.update(batch_size=32, epochs=1, parallel=1)
+        config.data.train_split = "train[:32]"
+        train.train_and_evaluate(config, tmp_path / f"run{seed}")
+        trained_params.append(trained.load(tmp_path / f"run{seed}").variables["params"])
+    first, second = (params["Conv_0"]["kernel"] for params in trained_params)
+    assert np.mean(np.abs(first - second) > 1e-4) > 0.1
+
+
+def test_a_refused_start_leaves_an_imported_run_as_it_was(tmp_path):
+    run_dir = tmp_path / "run"
+    import_keras.import_file(FOLDER / FILES[0], run_dir, dataset="fashion_mnist")
+    before = (run_dir / "config.json").read_bytes()
+    model = trained.load(run_dir).config.model
+    config = config_lib.recipe(model, "digits", model=model)
+    with pytest.raises(UserError, match="digits is not the data set that this run was trained on"):
+        train.train_and_evaluate(config, run_dir)
+    assert (run_dir / "config.json").read_bytes() == before
+
+
+def test_a_link_to_an_empty_folder_will_do(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    import_keras.import_file(FOLDER / FILES[0], tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert trained.load(tmp_path / "real").step == 0
+
+
+def test_too_little_memory_for_a_file_is_said(tmp_path):
+    message = r"model.h5 cannot be taken: it takes more memory than is free$"
+    with pytest.raises(UserError, match=message), keras_files.as_user_error(tmp_path / "model.h5"):
+        raise MemoryError
 
 
 def test_paths_that_cannot_be_are_one_sentence(tmp_path):

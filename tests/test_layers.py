@@ -348,3 +348,11 @@ def test_dropout():
     np.testing.assert_array_equal(layers.Dropout(0.2).apply({}, x, train=False), x)
     all_dropped = layers.Dropout(1.0).apply({}, x, train=True, rngs={"dropout": key})
     np.testing.assert_array_equal(all_dropped, np.zeros_like(x))
+
+
+def test_dropout_scales_bfloat16_by_no_rounded_factor():
+    x = normal(0, (1000,)).astype(jnp.bfloat16)
+    y = layers.Dropout(0.25).apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    expected = (x.astype(jnp.float32) / 0.75).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(y[y != 0], expected[y != 0])
+    assert y.dtype == jnp.bfloat16

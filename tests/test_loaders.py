@@ -157,7 +157,7 @@ def test_a_slice_says_what_it_takes_before_it_is_read(prepared):
     ],
 )
 def test_data_that_does_not_fit_is_refused(monkeypatch, prepared, host, device, copies, named):
-    mesh = jax.make_mesh((copies,), (parallel.AXIS,), devices=jax.devices()[:copies])
+    mesh = jax.make_mesh((copies,), (parallel.BATCH,), devices=jax.devices()[:copies])
     monkeypatch.setattr(environment, "free_memory", lambda: (host, device))
     loaders.create("resident", "digits", "train[:60]", "", mesh)
     less = (host - 1, device) if named == "this machine" else (host, device - 1)

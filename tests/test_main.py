@@ -77,15 +77,37 @@ def test_a_bad_flag_is_one_sentence(monkeypatch, args, message):
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
-        ("--config=configs/lager.py", "there is no recipe file configs/lager.py"),
+        ("--config=configs/lager.py", "there is no recipe file configs/lager.py to read"),
+        ("--config=configs/lager.py:digits", "there is no recipe file configs/lager.py to read"),
+        ("--config=configs", "there is no recipe file configs to read"),
         ("--config=Makefile", "the recipe file cannot be used"),
         ("--config=mnist_flax/errors.py", "the recipe file cannot be used"),
         ("--workdir=x", "name a recipe: --config=configs/larger.py"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_one_sentence(monkeypatch, arg, message):
+    for args in ([arg], [arg, "--config.epochs=1"]):
+        with pytest.raises(UserError) as error:
+            parse(monkeypatch, *args)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('return recipe("mine", "digits", modle="larger")', "did you mean 'model'?"),
+        ("return None + 1", "the recipe file cannot be used (TypeError("),
+        ("return {}", "the recipe file gives {} instead of a ConfigDict"),
+        ("return", "the recipe file gives None instead of a ConfigDict"),
+    ],
+)
+def test_a_fault_in_a_recipe_is_one_sentence(monkeypatch, tmp_path, body, message):
+    (tmp_path / "mine.py").write_text(
+        f"from mnist_flax.config import recipe\ndef get_config(): {body}\n"
+    )
     with pytest.raises(UserError) as error:
-        parse(monkeypatch, arg)
+        parse(monkeypatch, f"--config={tmp_path}/mine.py")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mnist_flax import batches, datasets, loaders, parallel, parts
+from mnist_flax import batches, datasets, environment, loaders, parallel, parts
 from mnist_flax import config as config_lib
 from mnist_flax.errors import UserError
 from tests import process
@@ -105,9 +105,9 @@ def test_two_processes_train_as_one_and_each_reads_its_share_of_a_stream():
     assert [count for _, _, count in second] == ["0", "37"]
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this machine has one core")
+@pytest.mark.skipif(environment.cores() < 2, reason="this machine has one core")
 def test_cores_are_devices_where_the_batch_is_large_enough():
-    cores = len(os.sched_getaffinity(0))
+    cores = environment.cores()
     assert devices_of_a_new_process(batch_size=16 * cores + 15) == [cores, cores]
     assert devices_of_a_new_process(batch_size=31) == [1, 1]
     assert devices_of_a_new_process(batch_size=500, parallel=1) == [1, 1]

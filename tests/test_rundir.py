@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,13 @@ def test_a_run_without_a_checkpoint_gives_way_to_another_configuration(tmp_path)
     rundir.checkpoints(tmp_path).mkdir()
     config.batch_size = 32
     with rundir.held(tmp_path, config):
-        assert rundir.read_config(tmp_path).batch_size == 32
-    rundir.write_summary(tmp_path, {})
+        # It may still be refused, for its data.
+        assert rundir.read_config(tmp_path).batch_size == 200
+        rundir.write_config(tmp_path, config)
+    (rundir.checkpoints(tmp_path) / "47.orbax-checkpoint-tmp").mkdir()
     config.batch_size = 64
+    rundir.check(tmp_path, config)
+    rundir.write_summary(tmp_path, {})
     with pytest.raises(UserError, match="batch_size is 32 there and 64 now"):
         rundir.check(tmp_path, config)
 
@@ -127,6 +132,7 @@ def test_names_that_the_system_refuses_are_said(tmp_path):
 def test_a_start_that_was_killed_can_be_repeated(tmp_path):
     (tmp_path / "config.json.tmp").write_text("{")
     (tmp_path / ".lock").touch()
+    rundir.checkpoints(tmp_path).mkdir()
     rundir.check(tmp_path, config_lib.default())
     with rundir.held(tmp_path, config_lib.default()):
         pass
@@ -145,7 +151,14 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
             pass
     with rundir.held(tmp_path / "run", config):
         pass
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", ".lock"}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_checkpoints_that_are_no_folder_are_said(tmp_path):
+    rundir.write_config(tmp_path, config_lib.default())
+    rundir.checkpoints(tmp_path).symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="checkpoints is no folder, or on a disk that is not there"):
+        rundir.check(tmp_path, config_lib.default())
 
 
 def test_what_another_process_began_since_the_check_is_left_alone(tmp_path):
@@ -222,17 +235,19 @@ def test_metrics_go_on_where_a_resumed_run_does(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_is_said(tmp_path):
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
     message = "cannot be written .No space left on device.: make room there and start again"
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match=message):
         rundir.append_metrics(tmp_path, {"step": 1})
-    (tmp_path / "summary.json.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0")
+    (tmp_path / ".summary.json.0.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match=message):
         rundir.write_summary(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+def test_a_file_is_replaced_as_a_whole(tmp_path):
     rundir.write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):
         rundir.write_json(tmp_path / "a.json", {"a": object()})

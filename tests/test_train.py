@@ -480,6 +480,8 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     with pytest.raises(UserError, match="batch_size=91 is more than the 90 examples"):
         train.train_and_evaluate(small_config(batch_size=91), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"6,000,000,000 steps are more than can be counted"):
+        train.train_and_evaluate(small_config(epochs=10**9), tmp_path / "run")
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
@@ -504,7 +506,7 @@ def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
 
 
 @pytest.mark.parametrize(
-    ("steps", "seeds", "length"), [(300, 4, 3), (300, 100, 2), (10, 5, 10), (40, 30, 2)]
+    ("steps", "seeds", "length"), [(300, 4, 3), (300, 100, 2), (10, 5, 10), (40, 30, 2), (1, 60, 1)]
 )
 def test_pieces_are_shorter_where_seeds_take_turns(steps, seeds, length):
     config = small_config(batch_size=10, num_seeds=seeds)

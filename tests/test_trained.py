@@ -152,8 +152,8 @@ def broken_png():
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"no image", broken_png()],
-    ids=["missing", "text", "damaged"],
+    [None, b"no image", broken_png(), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n"],
+    ids=["missing", "text", "damaged", "what another program draws"],
 )
 def test_predict_refuses_what_is_no_image(tmp_path, content):
     path = tmp_path / "image.png"

@@ -46,7 +46,7 @@ class Peer:
 
     Attributes:
         parameters: number of trainable numbers.
-        train: makes at least so many steps, on the batches of `Data.rows` in turn; returns the
+        train: makes at least `steps` steps, on the batches of `Data.rows` in turn; returns the
             steps made and the seconds they took, the device having finished.
         loss: the mean loss over the `PROBE` images, without dropout.
         device_memory: bytes that were in use on a GPU at the peak; None where there is none.
