@@ -7,6 +7,7 @@ the versions that wrote it. The two latest are kept, and the best where a metric
 import json
 import logging
 import os
+import secrets
 import shutil
 import warnings
 import zlib
@@ -56,8 +57,6 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
         read_only=read_only,
         # Without the metrics, which are of no use then.
         lightweight_initialize=read_only,
-        # What a save left that was cut short.
-        cleanup_tmp_directories=not read_only,
     )
     try:
         if not read_only:
@@ -98,6 +97,8 @@ def _as_user_error(folder: Path) -> Iterator[None]:
     """Raises UserError where Orbax could not write."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"a checkpoint cannot be written to {folder} ({_reason(error)}): make room there and "
@@ -129,25 +130,32 @@ def save(
     """Starts saving the state under its step; the state may be donated once this returns.
 
     Checkpoints of this step and later ones can only be damaged ones that `restore` passed over.
-    They are deleted, as the manager would take them for the latest.
+    They are put aside as STEP.damaged-..., as the manager would take them for the latest.
 
     Raises:
         UserError: there is no room for it, or the save before could not be written.
     """
     step = num_updates(state)
-    # Before Orbax finds out in many threads at once.
-    check_room(manager.directory, state)
-    with _as_user_error(manager.directory):
-        for passed_over in manager.all_steps():
-            if passed_over >= step:
-                manager.delete(passed_over)
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(jax.tree.map(_one_copy, state)),
         record=ocp.args.JsonSave({"run": record, "crc32": _crc32(state)}),
     )
     metrics = None if watch_accuracy is None else {_METRIC: watch_accuracy}
     with _as_user_error(manager.directory):
+        # Before Orbax finds out in many threads at once.
+        check_room(manager.directory, state)
+        _put_aside(manager, step)
         manager.save(step, args=args, metrics=metrics, force=True)
+
+
+def _put_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    """Renames the checkpoints from `step` on; what is damaged for one program may be mended."""
+    passed_over = [found for found in manager.all_steps() if found >= step]
+    for found in passed_over:
+        path = Path(manager.directory) / str(found)
+        path.rename(path.with_name(f"{found}.damaged-{secrets.token_hex(4)}"))
+    if passed_over:
+        manager.reload()
 
 
 def restore(
@@ -157,8 +165,8 @@ def restore(
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest sound checkpoint, or that of `step`; None where there is none at all.
 
-    A damaged one is passed over with a warning, but not one that cannot be read for want of memory,
-    permission or a disk. `like` makes of the record a state whose shapes,
+    A damaged one is passed over with a warning, but not one that only cannot be read for want of
+    memory or permission, or as the disk fails. `like` makes of the record a state whose shapes,
     dtypes and shardings are restored; an abstract one is restored on the first device.
 
     Raises:
@@ -191,7 +199,7 @@ def restore(
             if _may_pass(error):
                 raise UserError(
                     f"checkpoint {candidate} in {manager.directory} cannot be read at the moment "
-                    f"({_reason(error)}): see to that and start again"
+                    f"({_reason(error)}): see to that, or move it away, and start again"
                 ) from error
             if step is not None:
                 raise UserError(

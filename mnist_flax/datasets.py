@@ -7,12 +7,12 @@ TensorFlow for it. Data lies in the folder that TFDS uses: TFDS_DATA_DIR, or els
 """
 
 import hashlib
-import io
 import json
 import math
 import os
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -218,12 +218,11 @@ def _write_cache(folder: Path, split: str, source: str, arrays: Arrays) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for kind, array in arrays._asdict().items():
-            content = io.BytesIO()
-            np.save(content, array)
-            files.replace(folder / f"{split}_{kind}.npy", content.getbuffer())
+            files.replace(folder / f"{split}_{kind}.npy", partial(np.save, arr=array))
         # Last, as it vouches for the other two.
         record = {"source": source, "checksums": [_checksum(array) for array in arrays]}
-        files.replace(folder / f"{split}.json", json.dumps(record).encode())
+        content = json.dumps(record).encode()
+        files.replace(folder / f"{split}.json", lambda file: file.write(content))
     except OSError as error:
         warnings.warn(
             f"decoded images are not kept, so that every run decodes them again: {error}",

@@ -2,11 +2,13 @@
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 
-def replace(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file, of which a reader sees what was there before or all of the new.
+def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Has `write` write a file, of which a reader sees what was there before or all of the new.
 
     Raises:
         OSError: it cannot be written; what was there before remains.
@@ -14,7 +16,8 @@ def replace(path: Path, content: bytes | memoryview) -> None:
     # A name of its own, as another process may be writing the same file.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            write(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

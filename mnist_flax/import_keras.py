@@ -133,7 +133,7 @@ def _check_folder(run_dir: Path) -> None:
     try:
         in_use = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
         # Its place is taken by another folder.
-        current = run_dir.resolve() == Path.cwd()
+        current = os.path.realpath(run_dir) == os.getcwd()
     except OSError as error:
         raise UserError(f"{run_dir} cannot be used ({error.strerror}): name another") from None
     if in_use or current:

@@ -122,7 +122,7 @@ def write(path: Path, config: keras_layers.Config, layers: Layers) -> None:
             else:
                 _write_legacy(file, config, layers)
     try:
-        files.replace(path, memory.getbuffer())
+        files.replace(path, lambda file: file.write(memory.getbuffer()))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name another") from None
 

@@ -55,7 +55,9 @@ def parse() -> tuple[ConfigDict, str | None]:
             config_lib.check_key(key[1])
         if given := re.match(r"--?config(=|$)(.*)", arg):
             file = (given[2] if given[1] else following).partition(":")[0]
-            if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
+            if not file:
+                raise UserError(_NAME_A_RECIPE)
+            if not (os.path.isfile(file) and os.access(file, os.R_OK)):
                 raise UserError(f"there is no recipe file {file} to read: try configs/larger.py")
     try:
         recipe = config_flags.DEFINE_config_file("config", flag_values=values)
@@ -78,6 +80,11 @@ def parse() -> tuple[ConfigDict, str | None]:
     if not values["config"].present:
         raise UserError(_NAME_A_RECIPE)
     if not isinstance(recipe.value, ConfigDict):
+        try:
+            # An OSError in the recipe is kept until something of its configuration is asked for.
+            getattr(recipe.value, "keys", None)
+        except OSError as error:
+            raise _unusable(error) from error
         raise UserError(
             f"the recipe file gives {recipe.value!r} instead of a ConfigDict: have its get_config "
             "return what mnist_flax.config.recipe gives"
@@ -89,6 +96,8 @@ def parse() -> tuple[ConfigDict, str | None]:
 def _unusable(error: BaseException) -> UserError:
     if isinstance(error, UserError):
         return error
+    if isinstance(error, OSError):
+        error = error.__cause__ or error
     return UserError(f"the recipe file cannot be used ({error!r})")
 
 

@@ -72,14 +72,12 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
     if not run_dir.exists():
         return
     folder = checkpoints(run_dir)
-    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+    if not summary.exists() and os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"{folder} is no folder, or on a disk that is not there: see to that first")
-    # Not what Orbax left of a save that was cut short.
-    steps = {path.name for path in folder.glob("*") if path.name.isdigit()}
-    # A start that was killed may leave its lock, a file half-written under another name, and a
-    # place for checkpoints.
+    # A start that was killed may leave its lock, a file half-written under another name, and no
+    # checkpoint yet.
     left = {path.name for path in run_dir.iterdir() if path.suffix != ".tmp"}
-    if left <= {_LOCK, folder.name} and not steps:
+    if left <= {_LOCK, folder.name} and not any(folder.glob("*")):
         return
     if not (run_dir / "config.json").exists():
         raise UserError(
@@ -87,6 +85,8 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
             "config.json in it): name an empty or a new one with --workdir"
         )
     stored, given = (config_lib.flatten(c) for c in (read_config(run_dir), config))
+    # Not what Orbax left of a save that was cut short.
+    steps = {path.name for path in folder.glob("*") if path.name.isdigit()}
     if summary.exists() or steps - {"0"}:
         fixed = (stored | given).keys() - _MAY_DIFFER
     else:
@@ -259,4 +259,4 @@ def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
 
 def _replace(path: Path, text: str) -> None:
     with _as_user_error(path.parent):
-        files.replace(path, text.encode())
+        files.replace(path, lambda file: file.write(text.encode()))

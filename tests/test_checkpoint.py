@@ -42,7 +42,7 @@ def restore(folder, start, step=None):
 
 
 def steps_in(folder):
-    return sorted(int(path.name) for path in folder.iterdir())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def assert_equal(a, b):
@@ -133,9 +133,10 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, start, damage):
         state, record = restore(folder, start)
     assert_equal(state, at(start, 1))
     assert record == {"note": 1}
-    # The run that goes on from there replaces it.
+    # The run that goes on from there replaces it, and puts it aside.
     with checkpoint.open_manager(folder) as manager:
         checkpoint.save(manager, at(start, 2), {"note": 2})
+    assert len([*folder.glob("2.damaged-*")]) == 1
     assert_equal(restore(folder, start)[0], at(start, 2))
 
 
@@ -230,19 +231,10 @@ def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_kept(tmp_path, start,
     folder = saved(tmp_path / "c", start, [None, None])
     with (
         checkpoint.open_manager(folder) as manager,
-        pytest.raises(UserError, match=r"checkpoint 2 in .* cannot be read at the moment"),
+        pytest.raises(UserError, match="checkpoint 2 in .* cannot be read at the moment .*move it"),
     ):
         checkpoint.restore(manager, fail)
     assert restore(folder, start)[1] == {"note": 2}
-
-
-def test_what_an_unfinished_save_left_is_cleared_away(tmp_path, start):
-    folder = saved(tmp_path / "c", start, [None])
-    (folder / "2.orbax-checkpoint-tmp").mkdir()
-    assert restore(folder, start)[1] == {"note": 1}
-    with checkpoint.open_manager(folder) as manager:
-        checkpoint.save(manager, at(start, 3), {"note": 3})
-    assert steps_in(folder) == [1, 3]
 
 
 def test_a_folder_that_cannot_be_opened_is_said(tmp_path):

@@ -82,6 +82,7 @@ def test_a_bad_flag_is_one_sentence(monkeypatch, args, message):
         ("--config=configs", "there is no recipe file configs to read"),
         ("--config=Makefile", "the recipe file cannot be used"),
         ("--config=mnist_flax/errors.py", "the recipe file cannot be used"),
+        ("--config=", "name a recipe: --config=configs/larger.py"),
         ("--workdir=x", "name a recipe: --config=configs/larger.py"),
     ],
 )
@@ -98,6 +99,7 @@ def test_a_recipe_that_cannot_be_read_is_one_sentence(monkeypatch, arg, message)
     [
         ('return recipe("mine", "digits", modle="larger")', "did you mean 'model'?"),
         ("return None + 1", "the recipe file cannot be used (TypeError("),
+        ("open('missing')", "the recipe file cannot be used (FileNotFoundError("),
         ("return {}", "the recipe file gives {} instead of a ConfigDict"),
         ("return", "the recipe file gives None instead of a ConfigDict"),
     ],

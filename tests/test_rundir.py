@@ -159,6 +159,15 @@ def test_checkpoints_that_are_no_folder_are_said(tmp_path):
     rundir.checkpoints(tmp_path).symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match="checkpoints is no folder, or on a disk that is not there"):
         rundir.check(tmp_path, config_lib.default())
+    # Of a finished run nothing is asked but its summary.
+    rundir.write_summary(tmp_path, {})
+    rundir.check(tmp_path, config_lib.default())
+
+
+def test_checkpoints_of_another_program_are_no_run(tmp_path):
+    (rundir.checkpoints(tmp_path) / "epoch_3").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds something other than a run"):
+        rundir.check(tmp_path, config_lib.default())
 
 
 def test_what_another_process_began_since_the_check_is_left_alone(tmp_path):

@@ -152,8 +152,8 @@ def broken_png():
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"no image", broken_png(), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n"],
-    ids=["missing", "text", "damaged", "what another program draws"],
+    [None, b"no image", broken_png()],
+    ids=["missing", "text", "damaged"],
 )
 def test_predict_refuses_what_is_no_image(tmp_path, content):
     path = tmp_path / "image.png"
@@ -161,6 +161,12 @@ def test_predict_refuses_what_is_no_image(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match="image.png cannot be read as an image"):
         predict.read(path, (28, 28, 1), invert=False)
+
+
+def test_predict_leaves_no_image_to_another_program(tmp_path):
+    Image.new("L", (28, 28)).save(tmp_path / "image.eps")
+    with pytest.raises(UserError, match="cannot identify image file"):
+        predict.read(tmp_path / "image.eps", (28, 28, 1), invert=False)
 
 
 def test_without_a_device_a_run_is_not_loaded(run_dir, monkeypatch):
