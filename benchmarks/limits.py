@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             *(args.batch_sizes or BATCH_SIZES[args.device]),
         }
         points += [{"network": network, "batch_size": size} for size in sorted(sizes)]
-    profiles = {network: run(args.device, {"network": network}) for network in args.networks}
+    profiles = {}
     found, speeds = [], [[] for _ in points]
     for repetition in range(args.repetitions):
         found.append(run(args.device, {}))
@@ -103,6 +103,12 @@ def main(argv: list[str] | None = None) -> None:
             print(
                 f"{repetition + 1}/{args.repetitions} {point}: {seen[-1]:,.0f} images/s", flush=True
             )
+        if repetition == 0:
+            for network in args.networks:
+                try:
+                    profiles[network] = run(args.device, {"network": network})
+                except SystemExit as failure:
+                    print(f"{failure}\n{network}: goes on without its profile", flush=True)
         result = {
             "hardware": machine,
             "versions": environment.versions(),

@@ -106,8 +106,16 @@ def free_memory() -> tuple[int, int | None]:
     return host, stats["bytes_limit"] - stats["bytes_in_use"]
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that determine a result."""
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that determine a result; None of one that is not
+    installed, but imported from elsewhere."""
     # Of this package without its metadata, which a checkout that is not installed lacks.
     ours = {"python": platform.python_version(), "mnist-flax": mnist_flax.__version__}
-    return ours | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return ours | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -95,12 +95,12 @@ def test_the_table_compares_medians_with_the_best_peer():
 
 
 def test_another_network_or_one_that_does_not_learn_is_no_result():
-    throughput.check({"mnist_flax": report(1), "torch": report(1)})
+    throughput.check("torch", report(1), ours=report(1))
     with pytest.raises(SystemExit, match="torch trained another network: 11"):
-        throughput.check({"mnist_flax": report(1), "torch": report(1, parameters=11)})
+        throughput.check("torch", report(1, parameters=11), ours=report(1))
     for loss in (2.2, float("nan")):
         with pytest.raises(SystemExit, match="torch did not learn"):
-            throughput.check({"mnist_flax": report(1), "torch": report(1, loss_after=loss)})
+            throughput.check("torch", report(1, loss_after=loss), ours=report(1))
 
 
 def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
@@ -108,6 +108,17 @@ def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"torch needs torch.*pip install '\.\[bench\]'"):
         throughput.main(["--peers", "torch", f"--results={tmp_path / 'results'}"])
     assert not (tmp_path / "results").exists()
+    # Where none is named, those that can run do.
+    measured = []
+
+    def measure(network, peers, args):
+        measured.extend(peers)
+        return {"mnist_flax": report(1)}
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    with pytest.raises(SystemExit, match="not measured, as said above: flax-loop of larger"):
+        throughput.main(["--networks", "larger", f"--results={tmp_path / 'results'}"])
+    assert "keras-tf" in measured and not any(peer.startswith("torch") for peer in measured)
 
 
 def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from itertools import count
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
@@ -65,8 +66,12 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         return loss, (logits.argmax(-1) == y).mean()
 
-    @jax.jit
-    def train_step(state, x, y):
+    # The batch is taken inside, by a number on the device: outside, JAX would compile a program
+    # for each row.
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state, images, labels, rows, i):
+        row = rows[i]
+        x, y = images[row], labels[row]
         rngs = {"dropout": jax.random.fold_in(key, state.step)}
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, accuracy), grads = gradient(state.params, x, y, True, rngs)
@@ -80,8 +85,8 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         losses, accuracies = [], []
         clock = time.perf_counter()
         for _ in range(steps):
-            row = rows[next(turn) % len(rows)]
-            state, loss, accuracy = train_step(state, images[row], labels[row])
+            i = np.int32(next(turn) % len(rows))
+            state, loss, accuracy = train_step(state, images, labels, rows, i)
             losses.append(loss)
             accuracies.append(accuracy)
         jax.block_until_ready((state, losses, accuracies))
