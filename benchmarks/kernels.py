@@ -124,8 +124,11 @@ def compiled(network: str, dtype: str, seeds: int, device: jax.Device) -> str:
 def count(program: str) -> dict[str, int]:
     """The kernels in the loop over the steps: of convolutions, of matrix products, of the rest."""
     trips = rf'known_trip_count":{{"n":"{STEPS}"'
-    body = re.search(rf"while\(.*body=%?([\w.-]+).*{trips}", program)[1]
-    lines = re.search(rf"^%?{re.escape(body)} .*?^}}", program, re.MULTILINE | re.DOTALL)[0]
+    loop = re.search(rf"while\(.*body=%?([\w.-]+).*{trips}", program)
+    if loop is None:
+        raise SystemExit(f"this version of XLA names no loop of {STEPS} steps")
+    body = re.escape(loop[1])
+    lines = re.search(rf"^%?{body} .*?^}}", program, re.MULTILINE | re.DOTALL)[0]
     kinds = collections.Counter(convolutions=0, products=0, others=0)
     for line in lines.splitlines():
         operation = re.search(r"= (?:\(.*?\)|\S+) ([\w-]+)\(", line)
