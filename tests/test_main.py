@@ -34,6 +34,14 @@ def parse(monkeypatch, *args):
     return main.parse()
 
 
+def refusal(monkeypatch, *args):
+    """The one sentence with which a command line is refused."""
+    with pytest.raises(UserError) as error:
+        parse(monkeypatch, *args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def test_overrides_reach_the_configuration(monkeypatch):
     config, workdir = parse(
         monkeypatch, LARGER, "--config.batch_size=7", "--config.data.train_split=train[5:]"
@@ -68,10 +76,7 @@ def test_runs_started_in_one_second_have_folders_of_their_own(monkeypatch):
     ],
 )
 def test_a_bad_flag_is_one_sentence(monkeypatch, args, message):
-    with pytest.raises(UserError) as error:
-        parse(monkeypatch, LARGER, *args)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    assert message in refusal(monkeypatch, LARGER, *args)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +93,7 @@ def test_a_bad_flag_is_one_sentence(monkeypatch, args, message):
 )
 def test_a_recipe_that_cannot_be_read_is_one_sentence(monkeypatch, arg, message):
     for args in ([arg], [arg, "--config.epochs=1"]):
-        with pytest.raises(UserError) as error:
-            parse(monkeypatch, *args)
-        assert message in str(error.value)
-        assert "\n" not in str(error.value)
+        assert message in refusal(monkeypatch, *args)
 
 
 @pytest.mark.parametrize(
@@ -108,10 +110,7 @@ def test_a_fault_in_a_recipe_is_one_sentence(monkeypatch, tmp_path, body, messag
     (tmp_path / "mine.py").write_text(
         f"from mnist_flax.config import recipe\ndef get_config(): {body}\n"
     )
-    with pytest.raises(UserError) as error:
-        parse(monkeypatch, f"--config={tmp_path}/mine.py")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    assert message in refusal(monkeypatch, f"--config={tmp_path}/mine.py")
 
 
 def test_help_names_every_key():
