@@ -210,8 +210,10 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(data_dir, tmp_path, signum
     _, stderr = process.communicate()
     assert process.returncode == 128 + signum
     name = signal.Signals(signum).name
-    assert stderr.splitlines()[0] == f"stopped by {name} and saved; go on with"
-    assert stderr.splitlines()[1].split()[1:] == ["-m", "mnist_flax.main", *args]
+    # Where no other test has prepared the data, it says so before.
+    stopped, go_on = stderr.splitlines()[-2:]
+    assert stopped == f"stopped by {name} and saved; go on with"
+    assert go_on.split()[1:] == ["-m", "mnist_flax.main", *args]
     steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir())
     assert steps[-1] >= 2 * 47
 
