@@ -158,7 +158,8 @@ def _check_memory(name: str, split: str, manual_dir: str, copies: int) -> None:
         if needed > free:
             raise UserError(
                 f"the images of {name} need {needed / 2**30:.1f} GiB, and {memory} has "
-                f"{free / 2**30:.1f} GiB free: set data.loader=stream"
+                f"{free / 2**30:.1f} GiB free: train with data.loader=stream, or name a smaller "
+                f"slice than {split}"
             )
 
 

@@ -83,7 +83,7 @@ def _download_and_prepare(
                 file_format="array_record", download_dir=downloads, download_config=config
             )
     except requests.RequestException as error:
-        raise UserError(_offline(builder.name, error)) from error
+        raise UserError(_not_downloaded(builder.name, builders.short(error))) from error
     except Exception as error:
         raise UserError(builders.explain(builder.name, "prepare", error)) from error
 
@@ -91,14 +91,16 @@ def _download_and_prepare(
 def _download_gz_files(builder: tfds.core.DatasetBuilder, folder: Path) -> Path:
     """Downloads the four files; not through TFDS, which waits for a silent server for ever."""
     folder.mkdir()
-    try:
-        for file in builders.GZ_NAMES:
-            with requests.get(urljoin(builder.URL, file), timeout=10) as response:
+    for file in builders.GZ_NAMES:
+        url, path = urljoin(builder.URL, file), folder / file
+        try:
+            with requests.get(url, timeout=10) as response:
                 response.raise_for_status()
-                (folder / file).write_bytes(response.content)
-    except requests.RequestException as error:
-        raise UserError(_offline(builder.name, error)) from error
-    _check_gz_files(builder, folder)
+                path.write_bytes(response.content)
+        except requests.RequestException as error:
+            raise UserError(_not_downloaded(builder.name, builders.short(error))) from error
+        if not_official := _not_official(builder, path):
+            raise UserError(_not_downloaded(builder.name, f"what {url} sent {not_official}"))
     return folder
 
 
@@ -108,21 +110,30 @@ def _check_gz_files(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"the manual folder {folder} does not exist: {files}")
     for file in builders.GZ_NAMES:
-        path, url = folder / file, urljoin(builder.URL, file)
+        path = folder / file
         if not path.is_file():
             raise UserError(f"{path} is missing: {files}, as downloaded from {builder.URL}")
-        with path.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        expected = builder.url_infos[url].checksum
-        if found != expected:
+        if not_official := _not_official(builder, path):
             raise UserError(
-                f"{path} is not the official file of {builder.name}, or not all of it (SHA-256 "
-                f"{expected} expected, {found} found): download it again from {url}, or name "
-                f"another folder with --config.data.manual_dir or MNIST_FLAX_MANUAL_DIR"
+                f"{path} {not_official}: download it again from {urljoin(builder.URL, file)}, or "
+                "name another folder with --config.data.manual_dir or MNIST_FLAX_MANUAL_DIR"
             )
 
 
-def _offline(name: str, error: Exception) -> str:
+def _not_official(builder: tfds.core.DatasetBuilder, path: Path) -> str | None:
+    """What is wrong with one of the four files, by the checksum TFDS knows; None if nothing."""
+    expected = builder.url_infos[urljoin(builder.URL, path.name)].checksum
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found == expected:
+        return None
+    return (
+        f"is not the official file of {builder.name}, or not all of it (SHA-256 {expected} "
+        f"expected, {found} found)"
+    )
+
+
+def _not_downloaded(name: str, reason: str) -> str:
     manual = (
         "put the four files in a folder and name it with --config.data.manual_dir=DIR or "
         f"MNIST_FLAX_MANUAL_DIR ({', '.join(builders.GZ_NAMES)}), "
@@ -130,7 +141,7 @@ def _offline(name: str, error: Exception) -> str:
         else ""
     )
     return (
-        f"{name} is not prepared here and could not be downloaded ({builders.short(error)}): "
+        f"{name} is not prepared here and could not be downloaded ({reason}): "
         f"train on the embedded data with --config=<recipe>.py:digits, {manual}or set "
         "TFDS_DATA_DIR to a folder where TFDS has prepared it"
     )

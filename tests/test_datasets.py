@@ -301,8 +301,12 @@ def test_what_was_downloaded_is_verified(fresh, monkeypatch):
             pass
 
     monkeypatch.setattr(preparation.requests, "get", lambda url, timeout: Response())
-    with pytest.raises(UserError, match="not the official file"):
+    with pytest.raises(UserError, match="not the official file") as error:
         datasets.load("kmnist", "train")
+    message = one_sentence(error)
+    assert "train-images-idx3-ubyte.gz sent is not" in message and "manual_dir=DIR" in message
+    # The files lay in a folder that is gone.
+    assert str(fresh) not in message
     assert list(fresh.iterdir()) == []
 
 

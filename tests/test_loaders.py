@@ -163,7 +163,7 @@ def test_data_that_does_not_fit_is_refused(monkeypatch, prepared, host, device, 
     less = (host - 1, device) if named == "this machine" else (host, device - 1)
     monkeypatch.setattr(environment, "free_memory", lambda: less)
     monkeypatch.setattr(datasets, "load", None)
-    with pytest.raises(UserError, match=f"{named}.* has 0.0 GiB free: set data.loader=stream"):
+    with pytest.raises(UserError, match=f"{named}.* 0.0 GiB free: train with data.loader=stream"):
         loaders.create("resident", "digits", "train[:60]", "", mesh)
 
 

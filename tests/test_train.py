@@ -469,9 +469,9 @@ def test_streamed_data_gives_bit_for_bit_the_same_run(whole_run, tmp_path, monke
     assert_same_run(tmp_path / "run", whole_run[0])
     assert trained.load(tmp_path / "run").evaluate("test") == expected
 
-    with pytest.raises(UserError, match=r"0.0 GiB free: set data.loader=stream"):
+    with pytest.raises(UserError, match=r"0.0 GiB free: train with data.loader=stream"):
         train.train_and_evaluate(small_config(), tmp_path / "resident")
-    with pytest.raises(UserError, match=r"0.0 GiB free: set data.loader=stream"):
+    with pytest.raises(UserError, match=r"0.0 GiB free: train with data.loader=stream"):
         trained.load(whole_run[0]).evaluate("test")
     assert not (tmp_path / "resident").exists()
 
