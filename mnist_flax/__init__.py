@@ -1,22 +1,24 @@
 """The networks of five Keras MNIST tutorials in Flax: models, a pure train step, resumable runs.
 
     import mnist_flax
-    from mnist_flax import config
 
-    mnist_flax.train_and_evaluate(config.default(), "runs/mine")
+    mnist_flax.train_and_evaluate(mnist_flax.config.default(), "runs/mine")
     mnist_flax.load("runs/mine").predict(images)
 
 `mnist_flax.models` and `mnist_flax.steps` are for a training loop of your own.
 """
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load", "train_and_evaluate"]
+__all__ = ["config", "load", "models", "steps", "train_and_evaluate"]
 
 
 def __getattr__(name: str) -> Any:
     # Training brings in Orbax and TFDS, which a user of the networks alone need not wait for.
+    if name in ("config", "models", "steps"):
+        return importlib.import_module(f"{__name__}.{name}")
     if name == "load":
         from mnist_flax.trained import load
 

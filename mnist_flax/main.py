@@ -6,6 +6,7 @@ FILE is a recipe such as configs/larger.py, DATASET another data set than MNIST,
 Without --workdir the run folder is runs/NAME-TIME. The same command on the same folder resumes.
 """
 
+import itertools
 import os
 import re
 import sys
@@ -48,7 +49,7 @@ def parse() -> tuple[ConfigDict, str | None]:
     """
     values = flags.FlagValues()
     workdir = flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
-    for arg, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+    for arg, following in itertools.pairwise([*sys.argv[1:], ""]):
         # The flags library answers an unknown key with an AttributeError from deep inside, and a
         # missing file at the first override.
         if key := re.match(r"--?config\.([^=]+)", arg):

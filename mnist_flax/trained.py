@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -110,7 +111,7 @@ class Trained:
             )
         if images.dtype == np.uint8:
             return images
-        if not np.issubdtype(images.dtype, np.floating):
+        if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(f"images are {images.dtype}: give uint8, or float in [0, 1]")
         # Resizing rounds.
         if images.size and not (images.min() >= -1e-6 and images.max() <= 1 + 1e-6):

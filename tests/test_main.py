@@ -96,6 +96,10 @@ def test_a_recipe_that_cannot_be_read_is_one_sentence(monkeypatch, arg, message)
         assert message in refusal(monkeypatch, *args)
 
 
+def test_without_a_recipe_one_is_asked_for(monkeypatch):
+    assert "name a recipe: --config=configs/larger.py" in refusal(monkeypatch)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -237,7 +241,7 @@ def test_evaluate_of_no_run_exits_with_2(tmp_path):
 
 def test_networks_alone_are_imported_without_training():
     code = (
-        "import sys; from mnist_flax import models; models.create('larger'); "
+        "import sys, mnist_flax; mnist_flax.models.create('larger'); mnist_flax.steps.train_step; "
         "assert not {'orbax', 'tensorflow_datasets', 'ml_collections'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ, cwd=REPOSITORY)

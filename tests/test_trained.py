@@ -1,6 +1,7 @@
 import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,6 +47,9 @@ def test_images_may_be_bytes_or_floats_with_or_without_channels(run, images):
     np.testing.assert_allclose(run.predict(images / 255), expected, atol=1e-6)
     # As resizing may round.
     np.testing.assert_allclose(run.predict(images * (1 + 1e-7) / 255), expected, atol=1e-6)
+    rounded = (images / 255).astype(jnp.bfloat16)
+    expected = run.predict(rounded.astype(np.float32))
+    np.testing.assert_allclose(run.predict(rounded), expected, atol=1e-6)
 
 
 def test_any_number_of_images_can_be_predicted(run, images, monkeypatch):
