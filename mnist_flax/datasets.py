@@ -115,7 +115,7 @@ def open_slice(name: str, split: str, manual_dir: str = "") -> "decoding.Example
     """As `load`, but examples are read and decoded only when they are asked for.
 
     Raises:
-        UserError: as `load`; also a data set that TFDS cannot read at random.
+        UserError: as `load`, but of the images' sizes no more than the first is known yet.
     """
     from mnist_flax import builders, decoding
 

@@ -1,6 +1,6 @@
-"""Decoding the splits of a prepared data set, without TensorFlow."""
+"""Decoding the examples of a prepared data set, without TensorFlow."""
 
-import itertools
+import contextlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from mnist_flax import builders
 from mnist_flax.errors import UserError
 
-# Examples that TFDS decodes in one call. A call for each takes three times as long; all in one
+# Examples that are decoded in one call. A call for each takes TFDS three times as long; all in one
 # would take many times the memory of the images, in TFDS's objects.
 _AT_ONCE = 256
 
@@ -25,8 +25,9 @@ class Examples:
         image_shape: (H, W, C) of the first; another in a later one is an error then.
     """
 
-    def __init__(self, sources: list[Sequence], image_key: str, label_key: str):
-        self._sources, self._keys = sources, (image_key, label_key)
+    def __init__(self, builder: tfds.core.DatasetBuilder, sources: list[Sequence]):
+        self._builder, self._sources = builder, sources
+        self._keys = builders.feature_keys(builder)
         self._starts = np.cumsum([0, *map(len, sources)])
         ((image, _),) = self._decoded(0, [0])
         self.image_shape = image.shape
@@ -54,11 +55,14 @@ class Examples:
                 for place, (image, label) in zip(some, decoded, strict=True):
                     if image.shape != self.image_shape:
                         raise UserError(
-                            f"the images differ in size ({self.image_shape} and {image.shape}): "
-                            "take a data set of images of one size"
+                            f"the images of {self._builder.name} differ in size "
+                            f"({self.image_shape} and {image.shape}): take a data set of images "
+                            "of one size"
                         )
                     if label < 0:
-                        raise UserError("an example has no label: take another split")
+                        raise UserError(
+                            f"an example of {self._builder.name} has no label: take another split"
+                        )
                     images[place], labels[place] = image, label
         return images, labels
 
@@ -66,10 +70,7 @@ class Examples:
         try:
             examples = self._sources[source].__getitems__(within)
         except Exception as error:
-            raise UserError(
-                f"an example cannot be read ({error}): try again, or delete the data set to "
-                "prepare it anew"
-            ) from error
+            raise _unreadable(self._builder, error) from error
         return [tuple(example[key] for key in self._keys) for example in examples]
 
 
@@ -82,98 +83,87 @@ def decode(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, n
     Raises:
         UserError: images of several sizes, examples without a label, damaged files.
     """
-    try:
-        with builders.quiet():
-            images, labels = _stack(builder, split)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unreadable(builder, split, error) from error
-    if labels.min() < 0:
-        raise UserError(f"the split {split!r} of {builder.name} has no labels: take another split")
-    return images, labels
-
-
-def _unreadable(builder: tfds.core.DatasetBuilder, split: str, error: Exception) -> UserError:
-    missing = builders.missing_package(error)
-    remedy = f"install {missing}" if missing else f"delete {builder.data_dir} to prepare anew"
-    return UserError(
-        f"the split {split!r} of {builder.name} cannot be read ({builders.short(error)}): {remedy}"
-    )
+    size = builder.info.splits[split].num_examples
+    with builders.quiet():
+        return examples(builder, [(split, 0, size)]).read(np.arange(size))
 
 
 def examples(builder: tfds.core.DatasetBuilder, selected: list[tuple[str, int, int]]) -> Examples:
-    """Random access to the (split, start, stop) selected.
+    """Random access to the (split, start, stop) selected of a prepared data set.
 
     Raises:
-        UserError: the data set is prepared in a format that TFDS cannot read at random.
+        UserError: its files are damaged or need a package that is not installed.
     """
-    if _is_tfrecord(builder):
-        raise UserError(
-            f"{builder.name} is prepared as TFRecord, which cannot be streamed in any order: set "
-            "data.loader=resident, or prepare it with file_format='array_record'"
-        )
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    source = _TFRecords if formats == {"tfrecord"} else _data_source
     try:
         with builders.quiet():
-            sources = [builder.as_data_source(f"{part}[{a}:{b}]") for part, a, b in selected]
+            sources = [source(builder, *part) for part in selected]
     except Exception as error:
-        raise _unreadable(builder, str(selected[0][0]), error) from error
-    return Examples(sources, *builders.feature_keys(builder))
+        raise _unreadable(builder, error) from error
+    return Examples(builder, sources)
 
 
-def _is_tfrecord(builder: tfds.core.DatasetBuilder) -> bool:
-    formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    return formats == {"tfrecord"}
+def _unreadable(builder: tfds.core.DatasetBuilder, error: Exception) -> UserError:
+    missing = builders.missing_package(error)
+    again = f"try again, or delete {builder.data_dir} to prepare it anew"
+    remedy = f"install {missing}" if missing else again
+    return UserError(f"{builder.name} cannot be read ({builders.short(error)}): {remedy}")
 
 
-def _stack(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:
-    image_key, label_key = builders.feature_keys(builder)
-    size = builder.info.splits[split].num_examples
-    if _is_tfrecord(builder):
-        examples = _tfrecord_examples(builder, split)
-    else:
-        examples = _in_order(builder.as_data_source(split))
-    first = next(examples)
-    images = np.empty((size, *first[image_key].shape), np.uint8)
-    labels = np.empty(size, np.int32)
-    count = 0
-    for example in itertools.chain([first], examples):
-        image = example[image_key]
-        if image.shape != images.shape[1:]:
-            raise UserError(
-                f"the images of {builder.name} differ in size ({images.shape[1:]} and "
-                f"{image.shape}): take a data set of images of one size"
-            )
-        images[count], labels[count] = image, example[label_key]
-        count += 1
-    if count != size:
-        raise ValueError(f"{count} examples found where {size} are expected")
-    return images, labels
+def _data_source(
+    builder: tfds.core.DatasetBuilder, split: str, start: int, stop: int
+) -> Sequence[dict[str, Any]]:
+    return builder.as_data_source(f"{split}[{start}:{stop}]")
 
 
-def _in_order(source: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(source), _AT_ONCE):
-        yield from source.__getitems__([*range(start, min(start + _AT_ONCE, len(source)))])
+class _TFRecords:
+    """A data source of TFRecord, the format of a plain `tfds.load`, as TFDS's needs TensorFlow.
 
-
-def _tfrecord_examples(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[dict[str, Any]]:
-    """Reads TFRecord, the format of a plain `tfds.load`, which TFDS reads by TensorFlow alone.
-
-    A slice counts through the shards one after the other, while iterating over a tf.data
-    pipeline interleaves them.
+    A slice counts through the shards one after the other, while iterating over a tf.data pipeline
+    interleaves them.
     """
-    for path in builder.info.splits[split].filepaths:
-        for record in _tfrecords(Path(path)):
-            yield builder.info.features.deserialize_example_np(record)
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, start: int, stop: int):
+        info = builder.info.splits[split]
+        self._features, self._paths = builder.info.features, info.filepaths
+        places = [
+            (shard, *record)
+            for shard, path in enumerate(self._paths)
+            for record in _records(Path(path))
+        ]
+        if len(places) != info.num_examples:
+            raise ValueError(f"{len(places)} examples found where {info.num_examples} are expected")
+        # Of each example its shard, and where it begins there and its length in bytes.
+        self._places = np.array(places[start:stop], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        places, found = self._places[indices].tolist(), []
+        with contextlib.ExitStack() as opened:
+            files = {
+                shard: opened.enter_context(open(self._paths[shard], "rb"))
+                for shard in {shard for shard, *_ in places}
+            }
+            for shard, begin, length in places:
+                files[shard].seek(begin)
+                found.append(self._features.deserialize_example_np(files[shard].read(length)))
+        return found
 
 
-def _tfrecords(path: Path) -> Iterator[bytes]:
-    """The records of a TFRecord file: length, CRC of it, bytes, CRC of them; not checking CRCs."""
+def _records(path: Path) -> Iterator[tuple[int, int]]:
+    """Where the records of a TFRecord file begin, and their lengths in bytes.
+
+    In the file a record is its length, a CRC of that, its bytes and a CRC of them; the CRCs are not
+    checked.
+    """
     end = path.stat().st_size
     with path.open("rb") as file:
-        while file.tell() < end:
+        while (start := file.tell()) < end:
             length = struct.unpack("<Q4x", file.read(12).ljust(12, b"\xff"))[0]
-            if file.tell() + length + 4 > end:
+            if start + length + 16 > end:
                 raise ValueError(f"{path.name} is truncated")
-            yield file.read(length)
-            file.seek(4, os.SEEK_CUR)
+            yield start + 12, length
+            file.seek(length + 4, os.SEEK_CUR)

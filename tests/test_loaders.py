@@ -1,9 +1,11 @@
+import os
+
 import jax
 import numpy as np
 import pytest
 
+from mnist_flax import builders, datasets, decoding, environment, loaders, parallel, steps
 from mnist_flax import config as config_lib
-from mnist_flax import datasets, decoding, environment, loaders, parallel, steps
 from mnist_flax.errors import UserError
 from tests.test_datasets import FIVE, write_tfrecord_set
 
@@ -29,11 +31,11 @@ def create(loader, name, split):
     return loaders.create(loader, name, split, "", parallel.single_mesh())
 
 
-def batches_of(loader, length):
+def batches_of(loader, length, rows=ROWS):
     gather = jax.jit(steps.gather)
     return [
         gather(piece.images, piece.labels, row)
-        for piece in loader.pieces(ROWS, length)
+        for piece in loader.pieces(rows, length)
         for row in piece.rows[:, 0]
     ]
 
@@ -121,20 +123,28 @@ class Source(list):
         return [self[index] for index in indices]
 
 
-def test_images_of_another_size_stop_a_stream():
+def test_images_of_another_size_stop_a_stream(tmp_path):
     sizes = [(2, 2, 1), (2, 2, 1), (3, 2, 1)]
     source = Source({"image": np.zeros(size, np.uint8), "label": 0} for size in sizes)
-    examples = decoding.Examples([source], "image", "label")
+    examples = decoding.Examples(builders.create("digits", tmp_path), [source])
     assert examples.read(np.arange(2))[0].shape == (2, 2, 2, 1)
     mesh, rows = parallel.single_mesh(), np.arange(3, dtype=np.int32).reshape(1, 1, 3)
-    with pytest.raises(UserError, match="the images differ in size"):
+    with pytest.raises(UserError, match=r"digits differ in size \(\(2, 2, 1\) and \(3, 2, 1\)\)"):
         list(loaders.Streamed(examples, mesh).pieces(rows, 1))
 
 
-def test_tfrecord_cannot_be_streamed(tmp_path, monkeypatch):
+def test_tfrecord_is_streamed_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    write_tfrecord_set(tmp_path, "mnist", "3.0.1", FIVE)
-    with pytest.raises(UserError, match="set data.loader=resident"):
+    folder = write_tfrecord_set(tmp_path, "mnist", "3.0.1", FIVE)
+    # The images of grey values 50, 20, 30, 40; of the first shard one is left out.
+    loader = create("stream", "mnist", "train[4:]+train[1:4]")
+    rows = np.array([3, 0, 2, -1, 1, 0], np.int32).reshape(2, 1, 3)
+    found = [(batch, np.flatnonzero(batch.mask)) for batch in batches_of(loader, 2, rows)]
+    assert [batch.labels[kept].tolist() for batch, kept in found] == [[4, 5, 3], [2, 5]]
+    greys = [np.round(batch.images[kept, 0, 0, 0] * 255).tolist() for batch, kept in found]
+    assert greys == [[40, 50, 30], [20, 50]]
+    os.truncate(folder / "mnist-train.tfrecord-00001-of-00002", 20)
+    with pytest.raises(UserError, match="mnist cannot be read .*00001-of-00002 is truncated"):
         create("stream", "mnist", "train")
 
 
@@ -167,7 +177,7 @@ def test_data_that_does_not_fit_is_refused(monkeypatch, prepared, host, device, 
         loaders.create("resident", "digits", "train[:60]", "", mesh)
 
 
-def test_a_stream_refuses_what_cannot_be_read_or_has_no_label():
+def test_a_stream_refuses_what_cannot_be_read_or_has_no_label(tmp_path):
     class Damaged(Source):
         def __getitem__(self, index):
             if index == 2:
@@ -176,9 +186,10 @@ def test_a_stream_refuses_what_cannot_be_read_or_has_no_label():
 
     image = np.zeros((2, 2, 1), np.uint8)
     source = Damaged({"image": image, "label": label} for label in (4, -1, 0))
-    examples = decoding.Examples([source], "image", "label")
+    examples = decoding.Examples(builders.create("digits", tmp_path), [source])
     assert examples.read(np.array([0]))[1] == [4]
-    for index, message in ((1, "no label"), (2, r"cannot be read \(truncated record\): try again")):
+    unreadable = r"digits cannot be read \(truncated record\): try again"
+    for index, message in ((1, "digits has no label"), (2, unreadable)):
         with pytest.raises(UserError, match=message):
             examples.read(np.array([0, index]))
         rows = np.array([[[0, index]]], np.int32)
