@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -15,12 +16,14 @@ from urllib.parse import urljoin
 
 import numpy as np
 import pytest
+import requests
 import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
-from mnist_flax import builders, datasets, decoding, preparation
+from mnist_flax import builders, datasets, decoding, preparation, train, trained
+from mnist_flax import config as config_lib
 from mnist_flax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -421,6 +424,22 @@ def test_images_of_several_sizes_and_missing_labels_are_refused(fresh):
         datasets.load("mnist", "train")
 
 
+def test_colour_images_of_two_classes_are_learnt_outside_the_main_thread(fresh, tmp_path):
+    rng = np.random.default_rng(0)
+    shard = [(rng.integers(0, 256, (12, 9, 3), np.uint8), i % 2) for i in range(40)]
+    write_tfrecord_set(fresh, "cats_vs_dogs", "4.0.1", [shard], {"image/filename": "cat.png"})
+    config = config_lib.recipe("x", "cats_vs_dogs", model="baseline", batch_size=20, epochs=1)
+    config.data.update(test_split="train", watch_split="")
+    thread = threading.Thread(target=train.train_and_evaluate, args=(config, tmp_path / "run"))
+    thread.start()
+    thread.join()
+    run = trained.load(tmp_path / "run")
+    assert (run.image_shape, run.model.num_classes) == ((12, 9, 3), 2)
+    probabilities = run.predict(datasets.load("cats_vs_dogs", "train").images)
+    right = probabilities.argmax(1) == [label for _, label in shard]
+    assert run.evaluate()["accuracy"] == right.mean()
+
+
 def test_a_folder_without_a_data_set_is_named(fresh):
     (fresh / "digits/1.0.0").mkdir(parents=True)
     (fresh / "digits/1.0.0/digits-train.array_record-00000-of-00001").touch()
@@ -495,8 +514,9 @@ def test_a_cache_that_cannot_be_written_costs_one_warning(fresh):
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
+@pytest.mark.parametrize("downloaded", [False, True])
 def test_the_rest_of_the_mnist_family_is_prepared_from_its_files(
-    fresh, tmp_path, monkeypatch, name
+    fresh, tmp_path, monkeypatch, name, downloaded
 ):
     rng = np.random.default_rng(0)
     builder_class = builders._idx_builder_class(name)
@@ -517,7 +537,16 @@ def test_the_rest_of_the_mnist_family_is_prepared_from_its_files(
             )
     # The real files are not at hand; what stands in for them has checksums of its own.
     monkeypatch.setattr(builder_class, "url_infos", url_infos)
+
+    def get(url, timeout):
+        response = requests.Response()
+        response.status_code = 200
+        response._content = (tmp_path / url.rpartition("/")[2]).read_bytes()
+        return response
+
+    if downloaded:
+        monkeypatch.setattr(preparation.requests, "get", get)
     for split, expected in examples.items():
-        found = datasets.load(name, split, manual_dir=str(tmp_path))
+        found = datasets.load(name, split, manual_dir="" if downloaded else str(tmp_path))
         pairs = zip(found.images[..., 0], found.labels, strict=True)
         assert {(image.tobytes(), int(label)) for image, label in pairs} == expected

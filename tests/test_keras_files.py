@@ -50,6 +50,13 @@ FILES = [
 ]
 
 
+@pytest.mark.parametrize("version", ["keras2", "keras3"])
+def test_layers_are_made_in_the_order_of_keras(version):
+    theirs = keras_layers.describe(json.loads((FOLDER / f"branched_{version}.json").read_text()))
+    ours = [theirs.names[i] for i in keras_layers.creation_order(theirs.nodes)]
+    assert ours == [name for name, kind in theirs.order if kind != "InputLayer"]
+
+
 @pytest.fixture
 def read_here(monkeypatch):
     """Reads files in this process, as a new one for each takes most of the time."""

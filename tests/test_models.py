@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mnist_flax import layers, models, summary
+from mnist_flax import config as config_lib
+from mnist_flax import layers, models, parts, summary
 from mnist_flax.errors import UserError
 from mnist_flax.state import count_parameters
 from tests.helpers import quick_jit, random_variables, uniform
@@ -293,3 +294,9 @@ def test_summary_refuses_a_bad_shape(monkeypatch, shape):
     monkeypatch.setattr("sys.argv", ["summary", "larger", f"--image-shape={shape}"])
     with pytest.raises(UserError, match="--image-shape"):
         summary.main()
+
+
+def test_the_dtype_of_a_run_is_that_of_its_network():
+    config = config_lib.default()
+    config.compute_dtype = "bfloat16"
+    assert parts.create_model(config, 10).dtype == jnp.bfloat16

@@ -122,12 +122,21 @@ def test_dropout_changes_with_the_step_and_the_device_and_with_nothing_else():
     later = train_step(start.replace(step=start.step + 1), batch)[1]
     assert float(later.loss_sum) != again[0]
 
-    # On each of two devices, and so in their sum, other masks than on one.
+    # Two devices that have the same examples draw each their own masks.
     tx = optim.create("adam", optax.constant_schedule(1e-3))
     parallel = partial(steps.train_step, model=model, tx=tx, axis_name="devices")
     twice = jax.tree.map(lambda a: jnp.stack([a, a]), (start, batch))
     both = jax.pmap(parallel, axis_name="devices")(*twice)[1]
-    assert float(both.loss_sum[0]) != pytest.approx(2 * again[0], rel=1e-6)
+
+    def loss_on(device):
+        key = jax.random.fold_in(jax.random.wrap_key_data(start.key), start.step)
+        rngs = {"dropout": jax.random.fold_in(key, device)}
+        logits = model.apply({"params": start.params}, batch.images, train=True, rngs=rngs)
+        return float(steps.measure(logits, batch).loss_sum)
+
+    first, second = loss_on(0), loss_on(1)
+    assert first != pytest.approx(second, rel=1e-3)
+    assert float(both.loss_sum[0]) == pytest.approx(first + second, rel=1e-5)
 
 
 def parallel_step(train_step, how):

@@ -5,25 +5,34 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from mnist_flax import config as config_lib
 from mnist_flax import (
+    batches,
     datasets,
     environment,
+    models,
+    optim,
     parallel,
     parts,
     report,
     rundir,
     signals,
+    steps,
     train,
     trained,
 )
+from mnist_flax import config as config_lib
+from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
+from tests.helpers import quick_jit
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -261,10 +270,11 @@ def test_a_resumed_run_with_other_devices_a_batch_says_so(whole_run, tmp_path, m
         train.train_and_evaluate(small_config(), tmp_path / "run")
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(whole_run, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
+class Killed(BaseException):
+    pass
 
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(whole_run, tmp_path, monkeypatch):
     def kill(row, config):
         if row["epoch"] == 3:
             raise Killed
@@ -278,6 +288,26 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(whole_run, tmp_path, monk
     assert trained.load(tmp_path / "run").step == 12
     train.train_and_evaluate(small_config(), tmp_path / "run")
     assert_same_run(tmp_path / "run", whole_run[0])
+
+
+def test_a_killed_run_goes_on_inside_an_epoch(tmp_path, monkeypatch):
+    config = small_config(**{"checkpoint.every_steps": 2, "epochs": 2})
+    train.train_and_evaluate(config, tmp_path / "whole")
+    counts = []
+
+    def kill(bar, position):
+        counts.append(int(position.count))
+        if len(counts) == 6:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "advance", kill)
+        with pytest.raises(Killed):
+            train.train_and_evaluate(config, tmp_path / "run")
+    assert counts == [32, 64, 90] * 2
+    assert trained.load(tmp_path / "run").step == 10
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_best_and_latest_are_kept_where_the_watched_split_is_not_the_test_set(
@@ -301,7 +331,8 @@ def test_best_and_latest_are_kept_where_the_watched_split_is_not_the_test_set(
     assert kept == [18, 24]
 
 
-def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+def break_after_step_6(monkeypatch, change):
+    """Has `change` alter state and metrics of each later piece."""
     compile_programs = parts.compile_programs
 
     def breaking(*args):
@@ -309,16 +340,38 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, m
 
         def train_piece(state, piece):
             state, metrics = programs.train(state, piece)
-            if int(state.step) > 6:
-                metrics = metrics.replace(loss_sum=metrics.loss_sum * np.inf)
-            return state, metrics
+            return change(state, metrics) if np.max(state.step) > 6 else (state, metrics)
 
         return programs._replace(train=train_piece)
 
     monkeypatch.setattr(parts, "compile_programs", breaking)
-    with pytest.raises(UserError, match=r"diverged in epoch 2.*checkpoint of step 6 is kept"):
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    def endless_loss(state, metrics):
+        return state, metrics.replace(loss_sum=metrics.loss_sum * np.inf)
+
+    break_after_step_6(monkeypatch, endless_loss)
+    with pytest.raises(UserError, match=r"epoch 2: the loss became.*checkpoint of step 6 is kept"):
         train.train_and_evaluate(small_config(), tmp_path / "run")
     assert trained.load(tmp_path / "run").step == 6
+
+
+@pytest.mark.parametrize(("seeds", "what"), [(1, "a parameter"), (2, "a parameter of seed 1")])
+def test_parameters_that_diverge_after_the_last_loss_are_not_saved(
+    tmp_path, monkeypatch, seeds, what
+):
+    def broken_bias(state, metrics):
+        layer = state.params["Dense_1"]
+        # The last seed's, where there are several.
+        bias = layer["bias"].at[-1].set(np.nan)
+        params = state.params | {"Dense_1": layer | {"bias": bias}}
+        return state.replace(params=params), metrics
+
+    break_after_step_6(monkeypatch, broken_bias)
+    with pytest.raises(UserError, match=f"epoch 2: {what} became.*checkpoint of step 6 is kept"):
+        train.train_and_evaluate(small_config(num_seeds=seeds), tmp_path / "run")
+    assert trained.load(tmp_path / "run", seed=0).step == 6
 
 
 def test_the_best_is_not_chosen_by_images_of_the_test_set(tmp_path, monkeypatch):
@@ -330,9 +383,23 @@ def test_the_best_is_not_chosen_by_images_of_the_test_set(tmp_path, monkeypatch)
     assert saved == [None]
 
 
-def compiled():
+def test_a_run_takes_the_steps_of_its_seed_its_epochs_and_its_schedule(tmp_path):
+    overrides = {"model": "convnet", "seed": 3, "epochs": 2, "parallel": 1, "schedule": "cosine"}
+    config = small_config(**overrides, **{"data.watch_split": ""})
+    train.train_and_evaluate(config, tmp_path / "run")
+    data, model = datasets.load("digits", "train[:90]"), models.create("convnet")
+    tx = optim.create("adam", optax.cosine_decay_schedule(1e-3, 12))
+    expected = state_lib.create(3, model, tx, (28, 28, 1))
+    epoch = quick_jit(partial(steps.train_epoch, model=model, tx=tx))
+    for number, row in enumerate(rundir.read_metrics(tmp_path / "run")):
+        rows = jnp.asarray(batches.train_batches(3, number, 90, 16))
+        expected, sums = epoch(expected, *map(jnp.asarray, data), rows)
+        assert row["train_loss"] == pytest.approx(float(sums.loss_sum) / 90, rel=1e-4)
+
+
+def compiled(**overrides):
     """A state, the data, what is compiled for them and six steps' examples."""
-    config = small_config()
+    config = small_config(**overrides)
     mesh = parallel.mesh(config)
     data = parts.load_data(config, mesh)
     model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
@@ -381,7 +448,8 @@ def test_the_first_step_does_not_wait_for_what_scores(monkeypatch):
         return compile_scorer(*args)
 
     monkeypatch.setattr(train.scoring, "compile_scorer", later)
-    state, data, programs, piece = compiled()
+    # By a name of its own, as what another test had compiled would be found again.
+    state, data, programs, piece = compiled(name="scored later")
     # The state that the scorer would be compiled for is overwritten by then.
     state, _ = programs.train(state, piece)
     trained.set()

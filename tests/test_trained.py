@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mnist_flax import config as config_lib
-from mnist_flax import datasets, evaluate, predict, train, trained
+from mnist_flax import datasets, evaluate, predict, scoring, train, trained
 from mnist_flax.errors import UserError
 
 
@@ -85,6 +85,16 @@ def test_evaluate_counts_every_example_of_a_split(run):
         run.evaluate("tset")
 
 
+def test_a_split_in_several_pieces_is_scored_as_a_whole(run, monkeypatch):
+    monkeypatch.setattr(scoring, "_PIECE", 1000)
+    arrays = datasets.load("digits", "train[:1207]")
+    probabilities, score = run.predict(arrays.images), run.evaluate("train[:1207]")
+    assert score["count"] == 1207
+    assert score["accuracy"] == (probabilities.argmax(1) == arrays.labels).mean()
+    loss = -np.log(probabilities[np.arange(1207), arrays.labels]).mean()
+    assert score["loss"] == pytest.approx(loss, rel=1e-4)
+
+
 def test_a_checkpoint_is_chosen_by_its_step(run_dir, run):
     assert run.step == 40
     assert trained.load(run_dir, step=20).step == 20
@@ -99,6 +109,12 @@ def test_evaluate_prints_the_score(run_dir, run, capsys, monkeypatch):
     assert "baseline after step 40, on test of digits\n" in out
     right = round(run.evaluate()["accuracy"] * 297)
     assert f"Test accuracy: {right / 297:.2%} ({right} of 297 right)" in out
+    monkeypatch.setattr("sys.argv", ["evaluate", str(run_dir), "--split=train[:50]", "--step=20"])
+    evaluate.main()
+    out = capsys.readouterr().out
+    assert "baseline after step 20, on train[:50] of digits\n" in out
+    right = round(trained.load(run_dir, step=20).evaluate("train[:50]")["accuracy"] * 50)
+    assert f"{right / 50:.2%} ({right} of 50 right)" in out
 
 
 def test_predict_reads_image_files(run_dir, run, images, tmp_path, capsys, monkeypatch):
@@ -114,6 +130,15 @@ def test_predict_reads_image_files(run_dir, run, images, tmp_path, capsys, monke
     np.testing.assert_array_equal(
         predict.read(tmp_path / "white on black.png", (28, 28, 1), invert=False), images[0]
     )
+
+
+def test_an_image_file_is_made_to_fit_networks_of_other_images(tmp_path):
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :30, 0], pixels[20:, :, 2] = 255, 255
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    found = predict.read(tmp_path / "image.png", (20, 30, 3), invert=False)
+    np.testing.assert_array_equal(found[2:8, 2:12], [[[255, 0, 0]] * 10] * 6)
+    np.testing.assert_array_equal(found[12:, 18:], [[[0, 0, 255]] * 12] * 8)
 
 
 def test_predict_reads_what_a_viewer_shows(tmp_path):
