@@ -85,8 +85,7 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
         def epoch() -> int:
             nonlocal state
             pieces = loader.pieces(rows, length(loader))
-            *_, (state, _) = epochs.run_pieces(programs.train, state, pieces)
-            jax.block_until_ready(state)
+            state = jax.block_until_ready(epochs.run_pieces(programs.train, state, pieces))
             return size
 
         return epoch

@@ -88,7 +88,7 @@ def measure(
     import numpy as np
 
     from benchmarks.peers import jax_memory
-    from mnist_flax import batches, datasets, epochs, loaders, parallel, parts
+    from mnist_flax import batches, datasets, epochs, loaders, parallel, parts, steps
     from mnist_flax import state as state_lib
 
     rng = np.random.default_rng(0)
@@ -129,10 +129,14 @@ def measure(
                 return
 
     speeds, clock = [], time.perf_counter()
-    for _, metrics in epochs.run_pieces(programs.train, state, turns()):
+
+    def finished(metrics: steps.Metrics) -> None:
+        nonlocal clock
         now = time.perf_counter()
         speeds.append(int(np.sum(metrics.count)) / (now - clock))
         clock = now
+
+    epochs.run_pieces(programs.train, state, turns(), finished)
     memory = jax_memory() or worker.peak_memory()
     return {"images_per_second": statistics.median(speeds), "peak_memory_mib": memory / 2**20}
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import hardware, recipes, suite
-from benchmarks.throughput import OURS, PACKAGES, spec_of
+from benchmarks.throughput import OURS
 from mnist_flax import cli, models
 
 AGAIN = f"{OURS}, again"
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "network": args.network,
         "hardware": hardware.describe("cpu"),
-        "versions": {package: suite.version_of(package) for package in PACKAGES},
+        "versions": suite.versions(),
         "runs": runs,
     }
     file = args.results / "startup_cpu.json"
@@ -88,7 +88,11 @@ def write_data(folder: Path, network: str, dataset: str) -> None:
         y_test=test.labels,
     )
     config = recipes.config(network)
-    job = {"spec": spec_of(network), "batch_size": config.batch_size, "optimizer": config.optimizer}
+    job = {
+        "spec": recipes.spec_of(network),
+        "batch_size": config.batch_size,
+        "optimizer": config.optimizer,
+    }
     (folder / "job.json").write_text(json.dumps(job))
 
 

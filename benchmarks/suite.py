@@ -8,14 +8,15 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.recipes import ROOT
+from mnist_flax import environment, files
 from mnist_flax.errors import UserError
 
 FOLDER = Path(__file__).parent / "results"
+_PEERS = ("keras", "tensorflow", "torch")
 
 
 def parser(name: str, doc: str, repetitions: int | None = 5) -> argparse.ArgumentParser:
@@ -72,25 +73,22 @@ def on_device(device: str) -> dict[str, str]:
 def check_installed(*needs: tuple[str, str]) -> None:
     """Raises UserError unless there is each package of the pairs (what needs it, package)."""
     for what, package in needs:
-        if version_of(package) is None:
+        if environment.version_of(package) is None:
             raise UserError(
                 f"{what} needs {package}, which is not installed: run `pip install '.[bench]'`"
             )
 
 
-def version_of(package: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def versions() -> dict[str, str | None]:
+    """Versions of what determines a result, and of the packages of the peers."""
+    return environment.versions() | {name: environment.version_of(name) for name in _PEERS}
 
 
 def write(result: dict[str, Any], file: Path, text: str) -> None:
-    """Writes all figures as JSON, and a table beside them."""
+    """Writes all figures as JSON, and a table beside them, each whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    file.with_suffix(".md").write_text(text)
+    files.replace_text(file, json.dumps(result, indent=1) + "\n")
+    files.replace_text(file.with_suffix(".md"), text)
 
 
 def conditions(result: dict[str, Any]) -> str:

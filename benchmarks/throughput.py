@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import hardware, recipes, suite
-from mnist_flax import batches, cli, datasets, models
+from mnist_flax import batches, cli, datasets, environment, models
 from mnist_flax.config import COMPUTE_DTYPES
 from mnist_flax.errors import UserError
 
@@ -70,7 +70,6 @@ KEEPS_MEMORY = {
 }
 # The columns of `costs`.
 COSTS = "command to first step | of which building and compiling | peak memory"
-PACKAGES = (OURS, "jax", "flax", "optax", "keras", "tensorflow", "torch", "numpy")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     needs = [(peer, package) for peer in peers for package in PEERS[peer].packages]
     suite.check_installed(("the plot", "matplotlib"), *(needs if args.peers else ()))
     for peer, package in needs:
-        if suite.version_of(package) is None and peer in peers:
+        if environment.version_of(package) is None and peer in peers:
             log(f"{peer} is left out: it needs {package}")
             peers.remove(peer)
     machine = hardware.describe(args.device)
@@ -119,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             "dataset": args.dataset,
             "seconds_a_turn": args.seconds,
             "hardware": machine,
-            "versions": {package: suite.version_of(package) for package in PACKAGES},
+            "versions": suite.versions(),
             "peers": measure(network, peers, args),
         }
         missing += [f"{p} of {network}" for p in peers if p not in measured[network]["peers"]]
@@ -181,7 +180,7 @@ def write_job(folder: Path, network: str, args: argparse.Namespace) -> None:
     config = recipes.config(network)
     job = {
         "network": network,
-        "spec": spec_of(network),
+        "spec": recipes.spec_of(network),
         "batch_size": config.batch_size,
         "optimizer": config.optimizer,
         "device": args.device,
@@ -330,14 +329,6 @@ def plot(measured: dict[str, dict], file: Path) -> None:
     axes.set_ylabel(f"training speed, {OURS} = 1")
     figure.legend(loc="outside upper center", ncols=5, fontsize="small")
     figure.savefig(file, dpi=120)
-
-
-def spec_of(network: str) -> dict | None:
-    """What a stack consists of, `None` for `branched`; the attributes of `models.CNN`."""
-    model = models.create(network)
-    if not isinstance(model, models.CNN):
-        return None
-    return {key: getattr(model, key) for key in ("convs", "dense", "conv_dropout", "dense_dropout")}
 
 
 def log(line: str) -> None:

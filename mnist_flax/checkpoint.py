@@ -177,7 +177,7 @@ def restore(
         raise UserError(f"{manager.directory} has no checkpoint of step {step}: it has {steps}")
     if not steps:
         return None
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for candidate in steps if step is None else [step]:
         try:
             args = ocp.args.Composite(record=ocp.args.JsonRestore())

@@ -1,7 +1,8 @@
 """Every configuration key with its default, and the checks that refuse a bad value.
 
-A recipe in `configs/` names only what differs from `default()`. Every key can be overridden on
-the command line: `--config.batch_size=100 --config.data.train_split=train[5000:]`.
+A recipe in `configs/` names its network, optimiser, batch size and epochs, and what else differs
+from `default()`. Every key can be overridden on the command line:
+`--config.batch_size=100 --config.data.train_split=train[5000:]`.
 """
 
 import math
@@ -41,10 +42,13 @@ def default() -> ConfigDict:
             # Networks trained at once, with the seeds `seed`, `seed` + 1, ...: each as a run of
             # its own with as many devices a batch. One that diverges stops all.
             "num_seeds": 1,
-            # dtype of the forward and backward computation; parameters stay float32.
+            # dtype of the forward and backward computation; parameters stay float32. Of float32 JAX
+            # makes products in TF32 on newer GPUs and of bfloat16 on TPU, unless
+            # JAX_DEFAULT_MATMUL_PRECISION=highest is set.
             "compute_dtype": "float32",
-            # Devices that share the seeds and each batch. 0: one GPU or TPU; on CPU as many cores
-            # as divide the seeds evenly and leave each core at least 16 examples of a batch.
+            # Number of devices. They share the seeds first, then each batch. 0 chooses: one GPU or
+            # TPU; on CPU as many cores as divide the seeds evenly and leave each core at least 16
+            # examples of a batch.
             "parallel": 0,
             "data": {
                 # "digits" (embedded), "mnist", "fashion_mnist", "kmnist" or another TFDS name.

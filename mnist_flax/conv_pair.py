@@ -1,8 +1,8 @@
 """A narrow convolution and a wide one after it, block by block in one loop on CPU.
 
-What lies between them is larger than anything else of a network, 86 kB an image of
-`double_conv_3x3`. The wide one's block makes its part of it, forwards and again for the gradient,
-which takes less time than to write and read it.
+What lies between them is the largest array of a network, 86 kB an image of `double_conv_3x3`.
+Each block of the wide one makes its own part of it, forwards and again for the gradient, which
+takes less time than to write and read it.
 """
 
 from functools import partial

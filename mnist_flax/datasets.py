@@ -221,8 +221,7 @@ def _write_cache(folder: Path, split: str, source: str, arrays: Arrays) -> None:
             files.replace(folder / f"{split}_{kind}.npy", partial(np.save, arr=array))
         # Last, as it vouches for the other two.
         record = {"source": source, "checksums": [_checksum(array) for array in arrays]}
-        content = json.dumps(record).encode()
-        files.replace(folder / f"{split}.json", lambda file: file.write(content))
+        files.replace_text(folder / f"{split}.json", json.dumps(record))
     except OSError as error:
         warnings.warn(
             f"decoded images are not kept, so that every run decodes them again: {error}",

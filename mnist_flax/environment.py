@@ -111,10 +111,11 @@ def versions() -> dict[str, str | None]:
     installed, but imported from elsewhere."""
     # Of this package without its metadata, which a checkout that is not installed lacks.
     ours = {"python": platform.python_version(), "mnist-flax": mnist_flax.__version__}
-    return ours | {name: _version(name) for name in _PACKAGES}
+    return ours | {name: version_of(name) for name in _PACKAGES}
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,6 @@
 """Epochs as programs for the devices of a mesh."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
 
@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mnist_flax import xla_conv
 from mnist_flax.loaders import Loader, Piece
-from mnist_flax.parallel import BATCH, SEEDS
+from mnist_flax.parallel import BATCH, SEEDS, fetch
 
 
 def compile_epoch(
@@ -45,8 +45,8 @@ def compile_epoch(
     """
     several = seeds > 1
     by_seed = (SEEDS,) if several else ()
-    # With one device there is no axis to sum over: XLA would still copy what is summed, and fuse
-    # nothing with it. That costs time only where there is one seed.
+    # Without an axis nothing is summed over devices. XLA would keep the sum over a single one, as a
+    # copy with which it fuses nothing; that costs time only where there is one seed.
     axis = BATCH if several or mesh.shape[BATCH] > 1 else ()
     state = PartitionSpec(*by_seed)
     examples = PartitionSpec()
@@ -62,7 +62,7 @@ def compile_epoch(
             mesh=mesh,
             in_specs=specs,
             out_specs=state,
-            # The epoch does not know that seeds differ.
+            # `steps` says of its values that they differ over batches, and not over seeds.
             check_vma=not several,
         ),
         in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
@@ -104,29 +104,33 @@ def _each_seed(epoch: Callable, carried: Any, images: Any, labels: Any, rows: ja
     return jax.lax.platform_dependent(
         (carried, rows.swapaxes(0, 1)),
         cpu=partial(jax.lax.map, one),
-        default=jax.vmap(one, axis_name=xla_conv.SEVERAL),
+        default=jax.vmap(one, axis_name=xla_conv.SEED_AXIS),
     )
 
 
 def run_pieces(
-    program: Callable[[Any, Piece], tuple[Any, Any]], carried: Any, pieces: Iterable[Piece]
-) -> Iterator[tuple[Any, Any]]:
+    program: Callable[[Any, Piece], tuple[Any, Any]],
+    carried: Any,
+    pieces: Iterable[Piece],
+    on_metrics: Callable[[Any], None] = lambda metrics: None,
+) -> Any:
     """Runs a program that `compile_epoch` made on one piece after the other.
 
     Args:
         program: what `compile_epoch` gives.
         carried: the state before the first piece.
         pieces: at least one.
+        on_metrics: is given the metrics of each finished piece, on the host. Meanwhile the device
+            is at the next piece already, so that it never waits for the host.
 
-    Yields:
-        (carried, metrics): the metrics of a finished piece, on the host, while the state is already
-        that after the next one, at which the device is working. Only in the last pair do both
-        belong to the same piece.
+    Returns:
+        The state after the last piece.
     """
     running = None
     for piece in pieces:
         carried, metrics = program(carried, piece)
         if running is not None:
-            yield carried, jax.device_get(running)
+            on_metrics(fetch(running))
         running = metrics
-    yield carried, jax.device_get(running)
+    on_metrics(fetch(running))
+    return carried

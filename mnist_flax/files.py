@@ -21,3 +21,8 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`replace` by a text, in UTF-8."""
+    replace(path, lambda file: file.write(text.encode()))

@@ -29,11 +29,11 @@ from mnist_flax import (
     parallel,
     report,
     rundir,
-    train,
 )
 from mnist_flax import config as config_lib
 from mnist_flax.errors import UserError
 from mnist_flax.keras_files import Content
+from mnist_flax.position import Position
 from mnist_flax.state import TrainState
 
 
@@ -106,7 +106,7 @@ def import_file(
         "num_classes": model.num_classes,
         "config": config.to_dict(),
         "versions": environment.versions(),
-        "position": train.Position().record(),
+        "position": Position().record(),
     }
     # A link stays, and what it leads to is replaced.
     run_dir = Path(os.path.realpath(run_dir))

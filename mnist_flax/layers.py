@@ -1,6 +1,6 @@
-"""Convolution and max-pooling with Linen's parameters and results, fast where they run.
+"""The layers of the networks, with Linen's parameters and results, fast where they run.
 
-On GPU and TPU a convolution is XLA's own (cuDNN on GPU). XLA's convolution is slow on CPU, and
+On GPU and TPU a convolution is XLA's own (`xla_conv.py`; cuDNN on GPU). XLA's is slow on CPU, and
 many times slower again inside a loop such as `lax.scan`, so that there it is written as matrix
 products, of which `cpu_conv.py` has the forms. `lax.platform_dependent` chooses when the program is
 lowered, so one traced function serves every platform. What is sharded over explicit axes of a mesh
@@ -10,6 +10,7 @@ takes XLA's own everywhere, since the loops of the others have no rule for it.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,10 +20,6 @@ from jax import lax
 
 from mnist_flax import conv_pair, cpu_conv, pooling, random_bits, shardings, tiles, xla_conv
 from mnist_flax.errors import UserError
-
-# In batches of at most so many, a dense kernel's gradient is a sum of outer products, which XLA
-# fuses with the update.
-_FEW_EXAMPLES = 8
 
 
 class Conv(nn.Module):
@@ -131,7 +128,7 @@ def conv_output_size(
     if min(out) < 1:
         raise UserError(
             f"images are too small for this network: {size[0]}×{size[1]} pixels reach a "
-            f"{kernel_size[0]}×{kernel_size[1]} convolution; use larger images."
+            f"{kernel_size[0]}×{kernel_size[1]} convolution; use larger images"
         )
     return out
 
@@ -152,8 +149,7 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
         UserError: the kernel does not fit into the image.
     """
     conv_output_size(x.shape[1:3], kernel.shape[:2], padding)
-    on_cpu = partial(cpu_conv.conv_relu, padding=padding)
-    return _by_platform(on_cpu, partial(_xla_conv_relu, padding=padding), x, kernel, bias)
+    return _by_platform(cpu_conv.conv_relu, xla_conv.conv_relu, x, kernel, bias, padding=padding)
 
 
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
@@ -169,8 +165,8 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
         UserError: the kernel does not fit into the image, or the pool into the output.
     """
     pooling.check(conv_output_size(x.shape[1:3], kernel.shape[:2], padding))
-    on_cpu = partial(cpu_conv.conv_relu_pool, padding=padding)
-    return _by_platform(on_cpu, partial(_xla_conv_relu_pool, padding=padding), x, kernel, bias)
+    forms = cpu_conv.conv_relu_pool, xla_conv.conv_relu_pool
+    return _by_platform(*forms, x, kernel, bias, padding=padding)
 
 
 def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
@@ -188,106 +184,14 @@ def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
     if second.pool:
         pooling.check(size)
     x = x.astype(weights[0].dtype)
-    on_cpu = partial(conv_pair.conv_relu_twice, pool=second.pool)
-    return _by_platform(on_cpu, partial(_xla_conv_relu_twice, pool=second.pool), x, *weights)
+    forms = conv_pair.conv_relu_twice, xla_conv.conv_relu_twice
+    return _by_platform(*forms, x, *weights, pool=second.pool)
 
 
-def _by_platform(on_cpu: Callable, default: Callable, *operands: jax.Array) -> jax.Array:
+def _by_platform(
+    on_cpu: Callable, default: Callable, *operands: jax.Array, **options: Any
+) -> jax.Array:
+    on_cpu, default = partial(on_cpu, **options), partial(default, **options)
     if shardings.explicit(*operands):
         return default(*operands)
     return lax.platform_dependent(*shardings.alike(*operands), cpu=on_cpu, default=default)
-
-
-def _xla_conv_relu_twice(x, kernel1, bias1, kernel2, bias2, *, pool):
-    x = _xla_conv_relu(x, kernel1, bias1, padding="VALID")
-    return (_xla_conv_relu_pool if pool else _xla_conv_relu)(x, kernel2, bias2, padding="VALID")
-
-
-def _xla_conv_relu(x, kernel, bias, *, padding):
-    return _bias_relu(xla_conv.convolution(x, kernel, padding), bias)
-
-
-def _xla_conv_relu_pool(x, kernel, bias, *, padding):
-    if shardings.explicit(x, kernel, bias):
-        return _bias_relu(pooling.max_pool(xla_conv.convolution(x, kernel, padding)), bias)
-    return pooling.bias_relu_pool(xla_conv.convolution(x, kernel, padding), bias)
-
-
-@jax.custom_vjp
-def _bias_relu(x, bias):
-    """ReLU of x [B, H, W, F] and bias, which needs for its gradient nothing but its result.
-
-    With `nn.relu`, which asks what came into it, cuDNN could not make it with the convolution.
-    """
-    return nn.relu(x + bias)
-
-
-def _bias_relu_fwd(x, bias):
-    y = nn.relu(x + bias)
-    return y, y
-
-
-def _bias_relu_bwd(y, g):
-    # XLA would make `y > 0` a question about what came into it.
-    g = jnp.where(y == 0, 0, g)
-    return g, g.sum((0, 1, 2))
-
-
-_bias_relu.defvjp(_bias_relu_fwd, _bias_relu_bwd)
-
-
-def dense_product(x: jax.Array, kernel: jax.Array, dimension_numbers, precision=None) -> jax.Array:
-    """`lax.dot_general` for `flax.linen.Dense`: x [..., K], kernel [K, F] to [..., F].
-
-    Of x [B, K], without `precision`, the kernel's gradient is faster than JAX's own.
-    """
-    if x.ndim != 2 or precision is not None or shardings.explicit(x, kernel):
-        return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
-    return _product(*shardings.alike(x, kernel))
-
-
-@jax.custom_vjp
-def _product(x, kernel):
-    return x @ kernel
-
-
-def _product_fwd(x, kernel):
-    return x @ kernel, (x, kernel)
-
-
-def _product_bwd(residuals, g):
-    x, kernel = residuals
-    dx = g @ kernel.T
-    few = 0 < len(x) <= _FEW_EXAMPLES
-    dkernel = lax.platform_dependent(
-        x,
-        g,
-        dx,
-        cpu=partial(_after, _sum_of_outer_products if few else _transposed_twice),
-        default=lambda x, g, _: _sum_of_outer_products(x, g) if few else x.T @ g,
-    )
-    return dx, dkernel
-
-
-def _after(product, x, g, dx):
-    """product(x, g), once there is dx, the last that reads the kernel.
-
-    Unless what overwrites the kernel waits for that, XLA copies the kernel in every step.
-    """
-    return product(x, g + 0 * dx[:1, :1])
-
-
-def _sum_of_outer_products(x, g):
-    """x.T @ g, which XLA fuses with the optimiser's update of a large kernel."""
-    wide = tiles.sum_dtype(x)
-    rows = zip(x.astype(wide), g.astype(wide), strict=True)
-    return sum(a[:, None] * b for a, b in rows).astype(x.dtype)
-
-
-def _transposed_twice(x, g):
-    """x.T @ g as (g.T @ x).T, since XLA on CPU computes the former at half the speed."""
-    # The barriers keep XLA from rewriting the latter as the former.
-    return lax.optimization_barrier(lax.optimization_barrier(g.T) @ x).T
-
-
-_product.defvjp(_product_fwd, _product_bwd)

@@ -1,10 +1,10 @@
 """How examples reach the device: all of them at once, or streamed a piece at a time.
 
-A loader has `size`, the number of its examples, `image_shape`, (H, W, C), `most`, the number
-of examples that it can bring at once, and `shared`, whether every device has the same ones.
-`pieces` yields what a number of steps needs, and `abstract` the shapes of such a piece, to compile
-for. The same rows give the same batches from either loader, so that training is bit for bit the
-same.
+Both kinds of loader have the attributes `size`, the number of examples; `image_shape`, (H, W, C);
+`most`, the number of examples that can be brought at once; and `shared`, whether every device has
+the same examples. `pieces` yields what a number of steps needs, and `abstract` gives the shapes of
+such a piece, to compile for. The same rows give the same batches from either, so that training is
+bit for bit the same.
 """
 
 import sys

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mnist_flax.dense import dot_general
 from mnist_flax.errors import UserError, nearest
 from mnist_flax.layers import (
     Concatenate,
@@ -26,10 +27,9 @@ from mnist_flax.layers import (
     Flatten,
     MaxPool,
     conv_relu_twice,
-    dense_product,
 )
 
-Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform(), dot_general=dense_product)
+Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform(), dot_general=dot_general)
 
 
 class CNN(nn.Module):

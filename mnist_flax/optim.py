@@ -79,7 +79,12 @@ def _scale_by_keras_adam(b1: float, b2: float, eps: float) -> optax.GradientTran
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
         rate = jnp.sqrt(1 - b2**count) / (1 - b1**count)
-        updates = jax.tree.map(lambda m, v: rate * m / (jnp.sqrt(v) + eps), mu, nu)
+
+        def step(m, v):
+            # Where JAX makes 64 bits the default, the rate has them.
+            return rate.astype(m.dtype) * m / (jnp.sqrt(v) + eps)
+
+        updates = jax.tree.map(step, mu, nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)

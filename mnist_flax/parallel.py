@@ -9,6 +9,7 @@ import importlib.metadata
 import math
 import os
 import warnings
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +32,8 @@ def mesh(config: ConfigDict) -> Mesh:
     started, or the number of CPU devices was set, it takes from the devices that exist.
 
     Raises:
-        UserError: there are fewer than `config.parallel`, or not the kind that was asked for.
+        UserError: there are fewer than `config.parallel`, or not the kind that was asked for, or of
+            several processes this one would have none.
     """
     cores = environment.cores()
     _make_cores_devices(min(cores, math.prod(_shape(config, cores))))
@@ -49,12 +51,19 @@ def mesh(config: ConfigDict) -> Mesh:
             f"parallel={count} asks for more devices than there are: {len(found)} "
             f"({environment.device_name()}); 0 takes what pays"
         )
-    return _mesh(found[:count], shape)
+    chosen = _mesh(found[:count], shape)
+    if not chosen.local_devices:
+        raise UserError(
+            f"parallel={count} leaves process {jax.process_index()} of {jax.process_count()} "
+            f"without a device: set parallel={len(found)}, the number of all devices"
+        )
+    return chosen
 
 
 def single_mesh() -> Mesh:
-    """The first device alone."""
-    return _mesh(devices()[:1], (1, 1))
+    """The first device of this process alone."""
+    own = [device for device in devices() if device.process_index == jax.process_index()]
+    return _mesh(own[:1], (1, 1))
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
@@ -75,6 +84,20 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 def per_device_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first axis is one block for each device after the other."""
     return NamedSharding(mesh, PartitionSpec((SEEDS, BATCH)))
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays of a tree as NumPy's; those shared out to processes whole, if all call it."""
+
+    def whole(array: jax.Array) -> jax.Array | np.ndarray:
+        if array.is_fully_addressable:
+            return array
+        # Here, as one process does not need it.
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def devices() -> list[jax.Device]:
@@ -107,6 +130,8 @@ def _shape(config: ConfigDict, devices: int) -> tuple[int, int]:
 
 def _make_cores_devices(count: int) -> None:
     if count == 1 or jax.config.jax_num_cpu_devices != -1 or not _cpu_only():
+        return
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     try:
         jax.config.update("jax_num_cpu_devices", count)

@@ -222,10 +222,15 @@ def compile_programs(
     variables = jax.eval_shape(state_lib.variables, state)
     pool = ThreadPoolExecutor()
 
+    precision = jax.config.jax_default_matmul_precision
+
+    def compile_scorer(loader: Loader) -> Callable[[Any], dict[str, Any]]:
+        # What a context manager of the caller sets holds for its own thread.
+        with jax.default_matmul_precision(precision):
+            return scoring.compile_scorer(model, variables, loader, mesh, config.num_seeds)
+
     def scorer(loader: Loader) -> Callable[[Any], dict[str, Any]]:
-        compiled = pool.submit(
-            scoring.compile_scorer, model, variables, loader, mesh, config.num_seeds
-        )
+        compiled = pool.submit(compile_scorer, loader)
         return lambda variables: compiled.result()(variables)
 
     score_test = scorer(data.test)

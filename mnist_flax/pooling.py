@@ -91,7 +91,7 @@ def check(size: tuple[int, int]) -> None:
     if min(size) < 2:
         raise UserError(
             f"images are too small for this network: {size[0]}×{size[1]} pixels reach a 2×2 "
-            "max-pool; use larger images."
+            "max-pool; use larger images"
         )
 
 

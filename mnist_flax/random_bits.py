@@ -18,8 +18,9 @@ _BLOCK = 2**14
 def at_least(key: jax.Array, threshold: int, count: int) -> jax.Array:
     """Whether each of `count` numbers of 16 random bits is `threshold` or more: bool [count].
 
-    They are the lower halves of the words `jax.random.bits(key, (ceil(count / 2),))`, then the
-    upper halves. `threshold` is below 2**16, `count` below 2**32.
+    They are the lower halves of the words `jax.random.bits(key, (ceil(count / 2),))`, as JAX makes
+    them by default (`jax_threefry_partitionable`), then the upper halves. `threshold` is below
+    2**16, `count` below 2**32.
     """
     words = -(-count // 2)
     if jax.random.key_impl(key) != "threefry2x32":

@@ -13,7 +13,7 @@ from mnist_flax import scoring
 
 if TYPE_CHECKING:
     from mnist_flax.parts import Data
-    from mnist_flax.train import Position
+    from mnist_flax.position import Position
 
 
 def header(config: ConfigDict, parameters: int, data: "Data", run_dir: Path, device: str) -> None:

@@ -259,4 +259,4 @@ def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
 
 def _replace(path: Path, text: str) -> None:
     with _as_user_error(path.parent):
-        files.replace(path, lambda file: file.write(text.encode()))
+        files.replace_text(path, text)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from mnist_flax import batches, epochs, steps
+from mnist_flax import batches, epochs, parallel, steps
 from mnist_flax.loaders import Loader
 
 _BATCH_SIZE = 500
@@ -35,7 +35,7 @@ def compile_scorer(
     rows = np.repeat(rows[:, None], seeds, axis=1)
 
     def score(variables: Any) -> dict[str, Any]:
-        parts = [jax.device_get(epoch(variables, piece)) for piece in data.pieces(rows, length)]
+        parts = [parallel.fetch(epoch(variables, piece)) for piece in data.pieces(rows, length)]
         sums = jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=float), *parts)
         return averages(sums.loss_sum, sums.correct, sums.count)
 

@@ -1,13 +1,15 @@
 """Convolutions with the pixels of several images side by side: [C, H, W, images].
 
-Whatever is cut out, moved, compared or added then comes in long runs, whatever the number of
-channels, and each operand of the products lies as the product reads it. The four outputs that a 2×2
-pool sees come from a product each, for the kernel's four places in the tile of the input that they
-see, (KH + 1)×(KW + 1): the tiles are cut once, at the stride of the pool, which compares whole
-arrays. Pixels that far apart are brought together first, so that a run is as long as a row of tiles
-and a few images, whose tiles stay in the cache, are enough. The kernel's gradient is one product of
-all places with whole tiles: up to 16/9 of the arithmetic, but products of one place would be too
-narrow. In 16 bits, where products take less time than copies, so are all others.
+Whatever is cut out, moved, compared or added then comes in long runs, however few channels there
+are, and each operand of the products lies as the product reads it.
+
+The four outputs under one 2×2 pool see the same tile of (KH + 1)×(KW + 1) pixels, with the kernel
+at four places in it. Tiles are cut once, 2 pixels apart; the forward pass and the input's gradient
+make a product for each place, so that the pool compares four whole arrays. Pixels 2 apart are
+brought together first, so that a run is as long as a row of tiles and the few images of a block,
+whose tiles stay in the cache, are enough. The kernel's gradient is one product of all places with
+whole tiles: up to 16/9 of the arithmetic, but products of one place would be too narrow. In 16
+bits, where products take less time than copies, so are all others.
 """
 
 import math

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+# Named, as with some others that may be set as JAX's default `jax.vmap` gives every seed numbers of
+# the first one's key.
+_PRNG = "threefry2x32"
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -21,7 +25,8 @@ class TrainState:
         params: the network's parameters, float32.
         opt_state: the optimiser's state.
         batch_stats: running statistics of BatchNorm layers; empty where there are none.
-        key: uint32 [2], the key from which each step's dropout key is folded; it never changes.
+        key: uint32 [2], the Threefry key from which each step's is folded (`step_key`); it never
+            changes.
     """
 
     step: jax.Array
@@ -45,7 +50,7 @@ def create(
     Raises:
         UserError: the images are too small for the network.
     """
-    init_key, step_key = jax.random.split(jax.random.key(seed))
+    init_key, step_key = jax.random.split(jax.random.key(seed, impl=_PRNG))
     variables = model.init(init_key, jnp.zeros((1, *image_shape)))
     return TrainState(
         step=jnp.zeros([], jnp.int32),
@@ -54,6 +59,11 @@ def create(
         batch_stats=variables.get("batch_stats", {}),
         key=jax.random.key_data(step_key),
     )
+
+
+def step_key(state: TrainState) -> jax.Array:
+    """The key of the state's next step."""
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=_PRNG), state.step)
 
 
 def num_updates(state: TrainState) -> int:

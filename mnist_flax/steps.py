@@ -20,7 +20,7 @@ import optax
 from jax import lax
 
 from mnist_flax import block_updates, optim
-from mnist_flax.state import TrainState
+from mnist_flax.state import TrainState, step_key
 
 # The name of the mesh or pmap axis over which each batch is split; () inside a mesh of one device,
 # whose dropout is that of the first of several devices; None outside any mesh.
@@ -130,7 +130,7 @@ def train_step(
 
 def _step(state, batch, count, *, model, update, axis_name):
     """`train_step` with the whole batch's count given, and metrics of each example."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    key = step_key(state)
     if axis_name is not None:
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
 
@@ -230,7 +230,7 @@ def _train_epoch(state, images, labels, batches, *, model, update, axis_name):
 def _none_yet(batches):
     """Metrics of each place in a batch, [B], before the first."""
     size = batches.shape[-1]
-    return Metrics(jnp.zeros(size), jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32))
+    return Metrics(*(jnp.zeros(size, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
 
 
 def eval_epoch(

@@ -1,11 +1,10 @@
 """The training loop: when to train, score, report, save and stop."""
 
 import os
-import statistics
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from mnist_flax import (
     parallel,
     parts,
     report,
+    results,
     rundir,
-    scoring,
     signals,
     steps,
 )
@@ -36,47 +35,8 @@ from mnist_flax import config as config_lib
 from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
 from mnist_flax.loaders import Piece
+from mnist_flax.position import Position
 from mnist_flax.state import TrainState
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands beside its state; every checkpoint keeps it.
-
-    Attributes:
-        epoch: epochs finished.
-        loss_sum, correct, count: training metrics of the epoch under way, summed over examples;
-            arrays [seeds] where there are several.
-        seconds: time spent training in the epoch under way.
-        compile_seconds: time spent compiling the training program, over all starts of the run.
-        wall_seconds: time of the whole run, over all its starts.
-    """
-
-    epoch: int = 0
-    loss_sum: float | np.ndarray = 0.0
-    correct: int | np.ndarray = 0
-    count: int | np.ndarray = 0
-    seconds: float = 0.0
-    compile_seconds: float = 0.0
-    wall_seconds: float = 0.0
-
-    def after(self, metrics: steps.Metrics, seconds: float) -> "Position":
-        """With a finished piece of the epoch under way counted."""
-        return replace(
-            self,
-            loss_sum=self.loss_sum + np.asarray(metrics.loss_sum, np.float64),
-            correct=self.correct + np.asarray(metrics.correct, np.int64),
-            count=self.count + np.asarray(metrics.count, np.int64),
-            seconds=self.seconds + seconds,
-        )
-
-    def next_epoch(self) -> "Position":
-        """At the beginning of the next epoch, of which nothing is counted."""
-        return replace(self, epoch=self.epoch + 1, loss_sum=0.0, correct=0, count=0, seconds=0.0)
-
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps, and `Position(**record)` takes up."""
-        return {key: np.asarray(value).tolist() for key, value in asdict(self).items()}
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -188,17 +148,16 @@ def _train_and_score(
         position = replace(position, compile_seconds=compile_seconds)
 
         while position.epoch < config.epochs and not received:
-            pieces = _train_pieces(config, data, programs, state, position, received)
-            images = data.train.size * config.num_seeds
-            with report.progress(position, config.epochs, images) as bar:
-                for state, position in pieces:  # noqa: B007 - `state` is used after the loop
-                    check_finite("the loss", [position.loss_sum], position)
-                    report.advance(bar, position)
+            state, position = _train_pieces(
+                config, data, programs, state, position, received, check_finite
+            )
             # The last update may have broken what the last loss does not show yet.
             check_finite("a parameter", jax.tree.leaves(state.params), position)
             watch_accuracy = None
-            if np.sum(position.count) == images:
-                row = _epoch_row(config, programs, state, position)
+            if np.sum(position.count) == data.train.size * config.num_seeds:
+                variables = state_lib.variables(state)
+                watch = programs.score_watch(variables) if programs.score_watch else {}
+                row = results.epoch_row(config, position, state_lib.num_updates(state), watch)
                 if data.watch is not None:
                     losses = [each["watch_loss"] for each in row.get("seeds", [row])]
                     check_finite("the watched loss", [losses], position)
@@ -216,7 +175,8 @@ def _train_and_score(
     score = programs.score_test(state_lib.variables(state))
     check_finite("the test loss", [score["loss"]], position)
     position = replace(position, wall_seconds=earlier + time.perf_counter() - began)
-    summary = _summary(config, data, parameters, score, position, rundir.read_metrics(run_dir))
+    rows = rundir.read_metrics(run_dir)
+    summary = results.summary(config, data.train.size, parameters, score, position, rows)
     rundir.write_summary(run_dir, summary)
     report.result(summary, run_dir)
     return summary
@@ -253,13 +213,9 @@ def _train_pieces(
     state: TrainState,
     position: Position,
     received: list[int],
-) -> Iterator[tuple[TrainState, Position]]:
-    """Trains on to the end of the epoch, or to where a checkpoint is due or a signal is received.
-
-    Yields the newest state and the position after each piece, when its metrics are there. By then
-    the device is at the next piece, so that it does not wait for the host: the state is that of the
-    position only in what is yielded last.
-    """
+    check_finite: Callable[[str, list[Any], Position], None],
+) -> tuple[TrainState, Position]:
+    """Trains to the end of the epoch, or to where a checkpoint is due or a signal is received."""
     num_examples = data.train.size
     rows = np.stack(
         [
@@ -278,83 +234,19 @@ def _train_pieces(
             if received:
                 return
 
-    clock = time.perf_counter()
-    for newest, metrics in epochs.run_pieces(programs.train, state, pieces()):
-        now = time.perf_counter()
-        position = position.after(metrics, now - clock)
-        yield newest, position
-        clock = now
+    with report.progress(position, config.epochs, num_examples * config.num_seeds) as bar:
+        clock = time.perf_counter()
 
+        def finished(metrics: steps.Metrics) -> None:
+            nonlocal clock, position
+            now = time.perf_counter()
+            position = position.after(metrics, now - clock)
+            check_finite("the loss", [position.loss_sum], position)
+            report.advance(bar, position)
+            clock = now
 
-def _epoch_row(
-    config: ConfigDict, programs: parts.Programs, state: TrainState, position: Position
-) -> dict[str, Any]:
-    """The row of a finished epoch in metrics.jsonl."""
-    train = scoring.averages(position.loss_sum, position.correct, position.count)
-    watch = programs.score_watch(state_lib.variables(state)) if programs.score_watch else {}
-    scores = {
-        "train_loss": train["loss"],
-        "train_accuracy": train["accuracy"],
-        "watch_loss": watch.get("loss"),
-        "watch_accuracy": watch.get("accuracy"),
-    }
-    return {
-        "epoch": position.epoch + 1,
-        "step": state_lib.num_updates(state),
-        **_over_seeds(config, scores),
-        "images_per_second": float(np.sum(position.count)) / position.seconds,
-        "seconds": position.seconds,
-    }
-
-
-def _summary(
-    config: ConfigDict,
-    data: parts.Data,
-    parameters: int,
-    score: dict[str, Any],
-    position: Position,
-    rows: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The contents of summary.json, from the test split's score and the rows of metrics.jsonl."""
-    images = data.train.size * config.num_seeds
-    seconds = sum(row["seconds"] for row in rows)
-    summary = {
-        "config_name": config.name,
-        "dataset": config.data.name,
-        "model": config.model,
-        "parameters": parameters,
-        "train_examples": data.train.size,
-        "test_examples": score["count"],
-        "epochs": config.epochs,
-        "seed": config.seed,
-        **_over_seeds(config, {f"test_{key}": score[key] for key in ("loss", "accuracy")}),
-        "wall_seconds": position.wall_seconds,
-        "compile_seconds": position.compile_seconds,
-        # None where the lines of all epochs were deleted.
-        "images_per_second": len(rows) * images / seconds if rows else None,
-        "device": environment.device_name(),
-        "versions": environment.versions(),
-    }
-    if config.num_seeds > 1:
-        summary |= {
-            "test_accuracy_deviation": statistics.stdev(score["accuracy"]),
-            "test_accuracy_min": min(score["accuracy"]),
-            "test_accuracy_max": max(score["accuracy"]),
-        }
-    return summary
-
-
-def _over_seeds(config: ConfigDict, scores: dict[str, Any]) -> dict[str, Any]:
-    """The scores; of several seeds their means, and under "seeds" each seed's own."""
-    if config.num_seeds == 1:
-        return scores
-    # None is what was not scored.
-    means = {key: None if v is None else statistics.fmean(v) for key, v in scores.items()}
-    each = [
-        {"seed": seed} | {key: None if v is None else v[i] for key, v in scores.items()}
-        for i, seed in enumerate(config_lib.seeds(config))
-    ]
-    return means | {"seeds": each}
+        state = epochs.run_pieces(programs.train, state, pieces(), finished)
+    return state, position
 
 
 def _check_data(config: ConfigDict, record: dict[str, Any], constants: dict[str, Any]) -> None:

@@ -123,8 +123,9 @@ class _Plan(NamedTuple):
         count: (TH, TW), tiles of an image.
         out: (OH, OW) of the result.
         q: a tile gives q×q numbers of the result: m, or half of it after a pool.
-        output, kernel, input: the constant matrices, [m², n], [n, KH·KW], [n, n] with n = NH·NW;
-            of the outputs those of a pool in succession.
+        output, kernel, input: the constant matrices, [m², n], [n, KH·KW], [n, n] with n = NH·NW
+            (Aᵀ, G and Bᵀ of Lavin & Gray, 2016, for both dimensions at once). Where a pool follows,
+            the rows of `output` are in an order in which the four under it follow each other.
         rows, columns: the same as `input`, of a whole side of the image: [NH·TH, H], [NW·TW, W].
         split: cuts a batch into blocks.
     """

@@ -1,23 +1,52 @@
-"""XLA's own convolution, for GPU and TPU.
+"""Convolutions by XLA itself, for GPU and TPU.
 
-JAX makes of several convolutions, as of several seeds, a grouped one, and of their kernels'
-gradients, for which cuDNN has a form, a grouped one with windows as large as the images. Within
-`jax.vmap(..., axis_name=SEVERAL)` they stay one after the other, each as it is alone, and the axis
-of `vmap` stays in front. Only first gradients, in reverse mode, can be taken there.
+Of the convolutions of several seeds `jax.vmap` makes a grouped one, and of their kernels' gradients
+a grouped one with windows as large as the images, for which cuDNN does not use the algorithm that
+it has for each alone. Within `jax.vmap(..., axis_name=SEED_AXIS)` they therefore stay one after the
+other, up to `_MOST`, and the axis of `vmap` stays in front. Only first gradients, in reverse mode,
+can be taken there.
 """
 
 from collections.abc import Callable
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-SEVERAL = "several"
+from mnist_flax import pooling, shardings
+
+SEED_AXIS = "seed"
 
 # With more of them, which JAX batches, the program would take long to compile.
 _MOST = 64
+
+
+def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
+    """As `layers.conv_relu`."""
+    return _bias_relu(convolution(x, kernel, padding), bias)
+
+
+def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
+    """As `layers.conv_relu_pool`."""
+    if shardings.explicit(x, kernel, bias):
+        return _bias_relu(pooling.max_pool(convolution(x, kernel, padding)), bias)
+    return pooling.bias_relu_pool(convolution(x, kernel, padding), bias)
+
+
+def conv_relu_twice(
+    x: jax.Array,
+    kernel1: jax.Array,
+    bias1: jax.Array,
+    kernel2: jax.Array,
+    bias2: jax.Array,
+    pool: bool,
+) -> jax.Array:
+    """As `layers.conv_relu_twice`, of the weights of both."""
+    second = conv_relu_pool if pool else conv_relu
+    return second(conv_relu(x, kernel1, bias1, "VALID"), kernel2, bias2, "VALID")
 
 
 def convolution(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
@@ -30,12 +59,12 @@ def convolution(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
     Returns:
         [B, OH, OW, F] of that dtype.
     """
-    return (_one_of_several if _among_several() else _convolved)(padding, x, kernel)
+    return (_one_of_seeds if _among_seeds() else _convolved)(padding, x, kernel)
 
 
-def _among_several():
+def _among_seeds():
     try:
-        lax.axis_size(SEVERAL)
+        lax.axis_size(SEED_AXIS)
     except NameError:
         return False
     return True
@@ -47,15 +76,15 @@ def _convolved(padding, x, kernel):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one_of_several(padding, x, kernel):
+def _one_of_seeds(padding, x, kernel):
     return _one_by_one(partial(_convolved, padding))(x, kernel)
 
 
-def _one_of_several_fwd(padding, x, kernel):
-    return _one_of_several(padding, x, kernel), (x, kernel)
+def _one_of_seeds_fwd(padding, x, kernel):
+    return _one_of_seeds(padding, x, kernel), (x, kernel)
 
 
-def _one_of_several_bwd(padding, operands, g):
+def _one_of_seeds_bwd(padding, operands, g):
     x, kernel = operands
 
     def input_gradient(kernel, g):
@@ -67,7 +96,7 @@ def _one_of_several_bwd(padding, operands, g):
     return _one_by_one(input_gradient)(kernel, g), _one_by_one(kernel_gradient)(x, g)
 
 
-_one_of_several.defvjp(_one_of_several_fwd, _one_of_several_bwd)
+_one_of_seeds.defvjp(_one_of_seeds_fwd, _one_of_seeds_bwd)
 
 
 def _one_by_one(product: Callable) -> Callable:
@@ -87,3 +116,26 @@ def _one_by_one(product: Callable) -> Callable:
 def _transposed(linear, like, g):
     """The gradient, for `g` of its result, of a linear function of an array of that shape."""
     return jax.linear_transpose(linear, jax.ShapeDtypeStruct(like.shape, like.dtype))(g)[0]
+
+
+@jax.custom_vjp
+def _bias_relu(x, bias):
+    """ReLU of x [B, H, W, F] and bias, which needs for its gradient nothing but its result.
+
+    With `nn.relu`, which asks what came into it, cuDNN could not make it with the convolution.
+    """
+    return nn.relu(x + bias)
+
+
+def _bias_relu_fwd(x, bias):
+    y = nn.relu(x + bias)
+    return y, y
+
+
+def _bias_relu_bwd(y, g):
+    # XLA would make `y > 0` a question about what came into it.
+    g = jnp.where(y == 0, 0, g)
+    return g, g.sum((0, 1, 2))
+
+
+_bias_relu.defvjp(_bias_relu_fwd, _bias_relu_bwd)

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import kernels, limits, reproduce, suite, throughput
-from mnist_flax import datasets, models, state
+from benchmarks import kernels, limits, recipes, reproduce, suite, throughput
+from mnist_flax import datasets, environment, models, state
 from mnist_flax.errors import UserError
 
 
 def spec_of(network):
     """The specification as the workers read it from job.json."""
-    return json.loads(json.dumps(throughput.spec_of(network)))
+    return json.loads(json.dumps(recipes.spec_of(network)))
 
 
 def parameters_of(network):
@@ -104,7 +104,10 @@ def test_another_network_or_one_that_does_not_learn_is_no_result():
 
 
 def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(suite, "version_of", lambda package: None if package == "torch" else "1")
+    def installed(package):
+        return None if package == "torch" else "1"
+
+    monkeypatch.setattr(environment, "version_of", installed)
     with pytest.raises(UserError, match=r"torch needs torch.*pip install '\.\[bench\]'"):
         throughput.main(["--peers", "torch", f"--results={tmp_path / 'results'}"])
     assert not (tmp_path / "results").exists()

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mnist_flax import conv_pair, cpu_conv, layers, pooling, side_by_side, tiles, winograd
+from mnist_flax import (
+    conv_pair,
+    cpu_conv,
+    dense,
+    layers,
+    pooling,
+    side_by_side,
+    tiles,
+    winograd,
+    xla_conv,
+)
 from mnist_flax.errors import UserError
 from tests.helpers import normal, plain_convolution, quick_jit
 
@@ -60,21 +70,18 @@ def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, chann
 @pytest.mark.parametrize(
     ("default", "conv"),
     [
-        (layers._xla_conv_relu, layers.conv_relu),
-        (layers._xla_conv_relu_pool, layers.conv_relu_pool),
+        (xla_conv.conv_relu, layers.conv_relu),
+        (xla_conv.conv_relu_pool, layers.conv_relu_pool),
     ],
 )
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 5e-2)])
 def test_what_is_lowered_elsewhere_is_the_same(default, conv, padding, dtype, tolerance):
-    def named(x, kernel, bias, padding):
-        return default(x, kernel, bias, padding=padding)
-
     # Of both outputs one side is odd.
     x, kernel = normal(0, (3, 9, 8, 4), dtype), normal(1, (3, 3, 4, 6), dtype)
-    assert_same(named, x, kernel, padding, tolerance, REFERENCES[conv])
+    assert_same(default, x, kernel, padding, tolerance, REFERENCES[conv])
     x = jnp.round(nn.relu(x))
-    assert_same(named, x, jnp.ones_like(kernel), padding, tolerance, REFERENCES[conv])
+    assert_same(default, x, jnp.ones_like(kernel), padding, tolerance, REFERENCES[conv])
 
 
 @pytest.mark.parametrize("kernel_size", [(3, 3), (4, 3), (5, 5)])
@@ -109,7 +116,7 @@ def test_two_convolutions_in_one_loop_are_one_after_the_other(monkeypatch, pool,
         return y, *pullback(jnp.sin(jnp.arange(y.size)).reshape(y.shape))
 
     expected = quick_jit(partial(with_gradients, reference))()
-    forms = [conv_pair.conv_relu_twice, layers._xla_conv_relu_twice]
+    forms = [conv_pair.conv_relu_twice, xla_conv.conv_relu_twice]
     for form in forms if in_one_loop else forms[:1]:
         actual = quick_jit(partial(with_gradients, partial(form, pool=pool)))()
         for a, b in zip(actual, expected, strict=True):
@@ -285,7 +292,7 @@ def test_conv_module_has_linens_parameters_and_results(pool, padding):
 def test_dense_product_has_the_gradients_of_dot_general(batch, dtype, on_cpu, monkeypatch):
     if not on_cpu:
         monkeypatch.setattr(
-            layers.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
+            dense.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
         )
     operands = normal(0, (batch, 30), dtype), normal(1, (30, 20), dtype)
     numbers = (((1,), (0,)), ((), ()))
@@ -295,7 +302,7 @@ def test_dense_product_has_the_gradients_of_dot_general(batch, dtype, on_cpu, mo
         return y, *pullback(jnp.sin(jnp.arange(y.size, dtype=dtype)).reshape(y.shape))
 
     tolerance = 1e-5 if dtype == jnp.float32 else 5e-2
-    pairs = zip(with_gradients(layers.dense_product), with_gradients(lax.dot_general), strict=True)
+    pairs = zip(with_gradients(dense.dot_general), with_gradients(lax.dot_general), strict=True)
     for actual, expected in pairs:
         assert actual.dtype == expected.dtype
         actual, expected = actual.astype(jnp.float32), expected.astype(jnp.float32)
@@ -304,7 +311,7 @@ def test_dense_product_has_the_gradients_of_dot_general(batch, dtype, on_cpu, mo
 
 def test_a_precision_asked_of_a_dense_product_is_kept():
     operands, numbers = (normal(0, (9, 3)), normal(1, (3, 2))), (((1,), (0,)), ((), ()))
-    product = partial(layers.dense_product, dimension_numbers=numbers, precision="highest")
+    product = partial(dense.dot_general, dimension_numbers=numbers, precision="highest")
     assert "HIGHEST" in str(jax.make_jaxpr(product)(*operands))
 
 

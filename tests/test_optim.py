@@ -1,3 +1,6 @@
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -66,3 +69,11 @@ def test_one_cycle_peaks_after_three_tenths():
 def test_schedules_of_very_short_runs_are_finite(name, steps):
     schedule = optim.create_schedule(name, 0.2, steps)
     assert all(0 <= schedule(step) <= 0.2 + 1e-6 for step in range(steps + 1))
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_an_update_has_32_bits_where_64_are_the_default(name):
+    tx, params = optim.create(name, optax.constant_schedule(1e-3)), jnp.ones(3)
+    with jax.enable_x64(True):
+        program = jax.make_jaxpr(partial(optim.update, tx))(params, tx.init(params), params)
+    assert "f32[3]" in str(program) and "f64[3]" not in str(program)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mnist_flax import batches, datasets, environment, loaders, parallel, parts
+from mnist_flax import batches, datasets, environment, loaders, parallel, parts, train
 from mnist_flax import config as config_lib
 from mnist_flax.errors import UserError
 from tests import process
@@ -82,14 +82,17 @@ def devices_of_a_new_process(**values):
     return [int(n) for n in result.stdout.split()]
 
 
-def test_two_processes_train_as_one_and_each_reads_its_share_of_a_stream():
+def test_two_processes_train_as_one_and_each_reads_its_share_of_a_stream(tmp_path):
+    config = config_lib.recipe("run", "digits", model="baseline", data__train_split="train[:90]")
+    config.epochs = 1
+    train.train_and_evaluate(config, tmp_path / "run")
     alone = [process.train_on_two_devices(name) for name in loaders.NAMES]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.process", str(port), "2"]
+    command, run = [sys.executable, "-m", "tests.process", str(port), "2"], str(tmp_path / "run")
     pipe = {"stdout": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen([*command, str(index)], **pipe) for index in range(2)]
+    running = [subprocess.Popen([*command, str(index), run], **pipe) for index in range(2)]
     outputs = [each.communicate(timeout=300)[0] for each in running]
     assert [each.returncode for each in running] == [0, 0]
     first, second = (re.findall(r"^trained (.*) (.*) (.*)$", o, re.MULTILINE) for o in outputs)
@@ -103,6 +106,23 @@ def test_two_processes_train_as_one_and_each_reads_its_share_of_a_stream():
     assert [count for _, _, count in alone] == [0, 90]
     assert [count for _, _, count in first] == ["0", "54"]
     assert [count for _, _, count in second] == ["0", "37"]
+
+    # Each process has the figures of both seeds, and can read and score a run by itself.
+    for line, expected in (
+        ("seeds", process.train_two_seeds_on_two_devices()),
+        ("run", process.score_run(run)),
+    ):
+        for output in outputs:
+            (found,) = re.findall(f"^{line} (.*)$", output, re.MULTILINE)
+            assert [*map(float, found.split())] == pytest.approx(expected, rel=1e-5)
+    assert re.findall("^mesh (.*)$", outputs[0], re.MULTILINE) == ["1"]
+    assert "\nmesh parallel=1 leaves process 1 of 2 without a device: set parallel=2" in outputs[1]
+
+
+def test_a_number_of_devices_that_was_set_stands(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    assert devices_of_a_new_process(batch_size=500, parallel=3) == [3, 3]
+    assert devices_of_a_new_process(batch_size=500, parallel=1) == [1, 3]
 
 
 @pytest.mark.skipif(environment.cores() < 2, reason="this machine has one core")

@@ -13,6 +13,8 @@ from mnist_flax import (
     epochs,
     evaluate,
     loaders,
+    models,
+    optim,
     parallel,
     parts,
     rundir,
@@ -21,7 +23,9 @@ from mnist_flax import (
     train,
     trained,
 )
+from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
+from tests.helpers import quick_jit
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -103,13 +107,13 @@ def test_the_summary_has_each_seed_and_their_statistics(whole_run):
 def test_a_stopped_run_of_several_seeds_resumes_bit_for_bit(whole_run, tmp_path, monkeypatch):
     run_dir, summary = whole_run
     config = seeds_config(**{"checkpoint.every_steps": 2})
-    epoch_row, advance = train._epoch_row, train.report.advance
+    epoch_row, advance = train.results.epoch_row, train.report.advance
 
     def stop(*args):
         signals.signal.raise_signal(signals.signal.SIGTERM)
         return epoch_row(*args)
 
-    monkeypatch.setattr(train, "_epoch_row", stop)
+    monkeypatch.setattr(train.results, "epoch_row", stop)
     with pytest.raises(signals.Stopped):
         train.train_and_evaluate(config, tmp_path)
     monkeypatch.undo()
@@ -221,3 +225,18 @@ def test_a_finished_run_of_several_seeds_shows_them(whole_run, capsys):
         assert f"Test accuracy of seed {each['seed']}: {each['test_accuracy']:.2%}\n" in out
     assert f"± {summary['test_accuracy_deviation']:.2%}, from" in out
     assert "--seed=7" in out
+
+
+def test_a_seed_means_the_same_whatever_jaxs_default_generator_is():
+    model, tx = models.create("convnet"), optim.without_schedule("adam")
+    images, labels = np.zeros((8, 28, 28, 1), np.float32), np.zeros(8, np.int32)
+    batch = steps.Batch(images, labels, np.ones(8, np.float32))
+
+    def trained():
+        start = state_lib.create(3, model, tx, (28, 28, 1))
+        return start, steps.train_step(start, batch, model=model, tx=tx)[1]
+
+    expected = quick_jit(trained)()
+    with jax.default_prng_impl("rbg"):
+        found = quick_jit(trained)()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -23,7 +23,9 @@ from mnist_flax import (
     parallel,
     parts,
     report,
+    results,
     rundir,
+    scoring,
     signals,
     steps,
     train,
@@ -313,13 +315,13 @@ def test_a_killed_run_goes_on_inside_an_epoch(tmp_path, monkeypatch):
 def test_best_and_latest_are_kept_where_the_watched_split_is_not_the_test_set(
     tmp_path, monkeypatch
 ):
-    epoch_row = train._epoch_row
+    epoch_row = results.epoch_row
 
-    def worsening(config, programs, state, position):
-        row = epoch_row(config, programs, state, position)
+    def worsening(config, position, step, watch):
+        row = epoch_row(config, position, step, watch)
         return row | {"watch_accuracy": 0.9 - position.epoch / 10}
 
-    monkeypatch.setattr(train, "_epoch_row", worsening)
+    monkeypatch.setattr(results, "epoch_row", worsening)
     config = small_config(epochs=4)
     train.train_and_evaluate(config, tmp_path / "run")
     kept = sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
@@ -441,13 +443,13 @@ def test_the_device_does_not_wait_for_a_report(tmp_path, monkeypatch):
 
 
 def test_the_first_step_does_not_wait_for_what_scores(monkeypatch):
-    trained, compile_scorer = threading.Event(), train.scoring.compile_scorer
+    trained, compile_scorer = threading.Event(), scoring.compile_scorer
 
     def later(*args):
         assert trained.wait(60)
         return compile_scorer(*args)
 
-    monkeypatch.setattr(train.scoring, "compile_scorer", later)
+    monkeypatch.setattr(scoring, "compile_scorer", later)
     # By a name of its own, as what another test had compiled would be found again.
     state, data, programs, piece = compiled(name="scored later")
     # The state that the scorer would be compiled for is overwritten by then.
@@ -455,6 +457,20 @@ def test_the_first_step_does_not_wait_for_what_scores(monkeypatch):
     trained.set()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     assert programs.score_test(variables)["count"] == data.test.size
+
+
+def test_scores_have_the_precision_that_holds_where_training_is_called(monkeypatch):
+    compile_scorer, precisions = scoring.compile_scorer, []
+
+    def noting(*args):
+        precisions.append(jax.config.jax_default_matmul_precision)
+        return compile_scorer(*args)
+
+    monkeypatch.setattr(scoring, "compile_scorer", noting)
+    with jax.default_matmul_precision("highest"):
+        state, _, programs, _ = compiled(name="precise")
+    programs.score_test(state_lib.variables(state))
+    assert set(precisions) == {"highest"}
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """What a user might train these networks with, each in the fastest form its own users write.
 
-Each module has `create(job, data, variant) -> Peer` and imports its framework only there or at
-its top: a worker process imports one of them.
+Each module has `create(job, data, variant) -> Peer`. A worker process imports one of them, and so
+one framework alone.
 """
 
 from collections.abc import Callable

@@ -35,8 +35,7 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         calls = -(-least // length)
         clock = time.perf_counter()
         these = (pieces[next(turn) % len(pieces)] for _ in range(calls))
-        *_, (current, _) = epochs.run_pieces(programs.train, current, these)
-        jax.block_until_ready(current)
+        current = jax.block_until_ready(epochs.run_pieces(programs.train, current, these))
         return calls * length, time.perf_counter() - clock
 
     def loss() -> float:

@@ -1,1 +1,5 @@
-"""One-epoch training scripts, as users write them; each prints when its first step was done."""
+"""Training in processes of their own.
+
+Scripts of one epoch as users write them, each of which prints when its first step was done, and the
+recipes in Keras.
+"""

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import keras
 
-from benchmarks import recipes, suite
+from benchmarks import recipes
 from benchmarks.peers import keras_fit
-from benchmarks.throughput import spec_of
 from mnist_flax import datasets, environment, rundir
 
 
@@ -30,7 +29,7 @@ def run(recipe: str, at_once: str, seed: str, file: str) -> None:
     # For weights and dropout. `keras.utils.set_random_seed` seeds TensorFlow too, with which `fit`
     # takes the examples in one and the same order in every epoch; the tutorials' did not.
     random.seed(int(seed))
-    model = keras_fit.network(spec_of(config.model))
+    model = keras_fit.network(recipes.spec_of(config.model))
     model.compile(
         config.optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -52,7 +51,7 @@ def run(recipe: str, at_once: str, seed: str, file: str) -> None:
         "wall_seconds": time.perf_counter() - began,
         "device": device,
         "versions": {"python": platform.python_version()}
-        | {name: suite.version_of(name) for name in packages},
+        | {name: environment.version_of(name) for name in packages},
     }
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
