@@ -236,7 +236,8 @@ def test_a_seed_means_the_same_whatever_jaxs_default_generator_is():
         start = state_lib.create(3, model, tx, (28, 28, 1))
         return start, steps.train_step(start, batch, model=model, tx=tx)[1]
 
-    expected = quick_jit(trained)()
+    # Each traced anew.
+    expected = quick_jit(lambda: trained())()
     with jax.default_prng_impl("rbg"):
-        found = quick_jit(trained)()
+        found = quick_jit(lambda: trained())()
     jax.tree.map(np.testing.assert_array_equal, found, expected)
