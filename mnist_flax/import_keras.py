@@ -34,7 +34,7 @@ from mnist_flax import config as config_lib
 from mnist_flax.errors import UserError
 from mnist_flax.keras_files import Content
 from mnist_flax.position import Position
-from mnist_flax.state import TrainState
+from mnist_flax.state import TrainState, root_key
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def import_file(
         params=params,
         opt_state=optim.without_schedule(config.optimizer).init(params),
         batch_stats={},
-        key=jax.random.key_data(jax.random.key(config.seed)),
+        key=jax.random.key_data(root_key(config.seed)),
     )
     record = {
         "image_shape": image_shape,

@@ -50,15 +50,20 @@ def create(
     Raises:
         UserError: the images are too small for the network.
     """
-    init_key, step_key = jax.random.split(jax.random.key(seed, impl=_PRNG))
+    init_key, key = jax.random.split(root_key(seed))
     variables = model.init(init_key, jnp.zeros((1, *image_shape)))
     return TrainState(
         step=jnp.zeros([], jnp.int32),
         params=variables["params"],
         opt_state=tx.init(variables["params"]),
         batch_stats=variables.get("batch_stats", {}),
-        key=jax.random.key_data(step_key),
+        key=jax.random.key_data(key),
     )
+
+
+def root_key(seed: int) -> jax.Array:
+    """The key of which everything random of a run comes, but for the order of the examples."""
+    return jax.random.key(seed, impl=_PRNG)
 
 
 def step_key(state: TrainState) -> jax.Array:
