@@ -51,12 +51,18 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
             keep_checkpoints_without_metrics=False,
         ),
     ]
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"{process}"
+    )
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         best_fn=lambda metrics: metrics[_METRIC],
         read_only=read_only,
-        # Without the metrics, which are of no use then.
+        # Without the metrics, which are of no use then, and without other processes.
         lightweight_initialize=read_only,
+        create=not read_only,
+        multiprocessing_options=alone if read_only else ocp.options.MultiprocessingOptions(),
     )
     try:
         if not read_only:

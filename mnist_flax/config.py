@@ -42,8 +42,8 @@ def default() -> ConfigDict:
             # Networks trained at once, with the seeds `seed`, `seed` + 1, ...: each as a run of
             # its own with as many devices a batch. One that diverges stops all.
             "num_seeds": 1,
-            # dtype of the forward and backward computation; parameters stay float32. Of float32 JAX
-            # makes products in TF32 on newer GPUs and of bfloat16 on TPU, unless
+            # dtype of the forward and backward computation; parameters stay float32. JAX
+            # multiplies float32 in TF32 on newer GPUs, and in bfloat16 on TPU, unless
             # JAX_DEFAULT_MATMUL_PRECISION=highest is set.
             "compute_dtype": "float32",
             # Number of devices. They share the seeds first, then each batch. 0 chooses: one GPU or

@@ -1,10 +1,13 @@
 """Convolutions as matrix products, over blocks of the batch that stay in a CPU core's cache.
 
-| convolution | form | multiplications, to direct convolution |
+| convolution | form | multiplications |
 |---|---|---|
 | 3×3 to 5×5, 32 channels and features or more | `winograd.conv_relu` | 4/25 to 4/9 |
 | other, not pooled or in a batch of fewer than 16 | `_by_patches` | 1 |
-| other, and all of 16 bits | `side_by_side.conv_relu` | 1; to 16/9 for a pooled kernel's gradient |
+| other, and all of 16 bits | `side_by_side.conv_relu` | 1 to 16/9 |
+
+Those of direct convolution are 1. It is 16/9 at most where a pool follows: for the kernel's
+gradient, and in 16 bits for everything.
 
 A narrow one that is not pooled, before one of the first row, is made in its loop (`conv_pair.py`).
 

@@ -121,7 +121,8 @@ def run_pieces(
         carried: the state before the first piece.
         pieces: at least one.
         on_metrics: is given the metrics of each finished piece, on the host. Meanwhile the device
-            is at the next piece already, so that it never waits for the host.
+            is at the next piece, if there is one, and need not wait for the host; it does where
+            the seeds lie in several processes, as gathering their metrics comes after that piece.
 
     Returns:
         The state after the last piece.

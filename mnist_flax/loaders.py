@@ -156,10 +156,11 @@ def _check_memory(name: str, split: str, manual_dir: str, copies: int) -> None:
         needs = [("this machine", read + copies * given, host)]
     for memory, needed, free in needs:
         if needed > free:
+            # A slice is cut of what was read as a whole.
+            slice_helps = f", or name a smaller slice than {split}" if read <= host else ""
             raise UserError(
                 f"the images of {name} need {needed / 2**30:.1f} GiB, and {memory} has "
-                f"{free / 2**30:.1f} GiB free: train with data.loader=stream, or name a smaller "
-                f"slice than {split}"
+                f"{free / 2**30:.1f} GiB free: train with data.loader=stream{slice_helps}"
             )
 
 

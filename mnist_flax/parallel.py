@@ -87,10 +87,13 @@ def per_device_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def fetch(tree: Any) -> Any:
-    """The arrays of a tree as NumPy's; those shared out to processes whole, if all call it."""
+    """The arrays of a tree as NumPy's, whole.
+
+    Where processes hold different parts of one, all must call this: each waits for the others.
+    """
 
     def whole(array: jax.Array) -> jax.Array | np.ndarray:
-        if array.is_fully_addressable:
+        if array.is_fully_addressable or array.is_fully_replicated:
             return array
         # Here, as one process does not need it.
         from jax.experimental import multihost_utils

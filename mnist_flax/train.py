@@ -66,12 +66,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     if summary := _finished(run_dir):
         return summary
 
-    mesh = parallel.mesh(config)
-    if jax.process_count() > 1:
+    # Asked in this order, as counting the processes starts JAX.
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         raise UserError(
             f"a run has one process, and here are {jax.process_count()}: for several write a loop "
             "with mnist_flax.steps, epochs and loaders, which take any devices"
         )
+    mesh = parallel.mesh(config)
     data = parts.load_data(config, mesh)
     if config.batch_size > data.train.size:
         raise UserError(

@@ -18,7 +18,8 @@ from jax.custom_batching import custom_vmap
 
 from mnist_flax import pooling, shardings
 
-SEED_AXIS = "seed"
+# A name that no axis of a user has.
+SEED_AXIS = "mnist_flax.seed"
 
 # With more of them, which JAX batches, the program would take long to compile.
 _MOST = 64

@@ -8,9 +8,9 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urljoin
 
@@ -424,15 +424,15 @@ def test_images_of_several_sizes_and_missing_labels_are_refused(fresh):
         datasets.load("mnist", "train")
 
 
-def test_colour_images_of_two_classes_are_learnt_outside_the_main_thread(fresh, tmp_path):
+def test_colour_images_of_two_classes_are_trained_on_outside_the_main_thread(fresh, tmp_path):
     rng = np.random.default_rng(0)
     shard = [(rng.integers(0, 256, (12, 9, 3), np.uint8), i % 2) for i in range(40)]
     write_tfrecord_set(fresh, "cats_vs_dogs", "4.0.1", [shard], {"image/filename": "cat.png"})
     config = config_lib.recipe("x", "cats_vs_dogs", model="baseline", batch_size=20, epochs=1)
     config.data.update(test_split="train", watch_split="")
-    thread = threading.Thread(target=train.train_and_evaluate, args=(config, tmp_path / "run"))
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor() as pool:
+        summary = pool.submit(train.train_and_evaluate, config, tmp_path / "run").result()
+    assert summary["train_examples"] == 40
     run = trained.load(tmp_path / "run")
     assert (run.image_shape, run.model.num_classes) == ((12, 9, 3), 2)
     probabilities = run.predict(datasets.load("cats_vs_dogs", "train").images)

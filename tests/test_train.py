@@ -258,6 +258,7 @@ def test_a_run_that_is_under_way_is_not_begun_again(whole_run, tmp_path):
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="a run has one process, and here are 2"):
         train.train_and_evaluate(small_config(), tmp_path / "run")
