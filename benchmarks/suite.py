@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recipes import ROOT
-from mnist_flax import environment, files
+from mnist_flax import cli, environment, files
 from mnist_flax.errors import UserError
 
 FOLDER = Path(__file__).parent / "results"
@@ -21,11 +21,7 @@ _PEERS = ("keras", "tensorflow", "torch")
 
 def parser(name: str, doc: str, repetitions: int | None = 5) -> argparse.ArgumentParser:
     """The command line of `benchmarks.<name>`; with `repetitions`, their default, it has those."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = cli.parser(f"benchmarks.{name}", doc)
     if repetitions:
         made.add_argument(
             "--repetitions", type=positive(int), default=repetitions, help="default: %(default)s"

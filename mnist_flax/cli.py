@@ -1,10 +1,11 @@
-"""What the command-line programs share: exit codes, and keeping what was compiled."""
+"""What the command-line programs share: parsers, exit codes, and keeping what was compiled."""
 
 import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 
@@ -48,14 +49,24 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def run_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The command line of a program on a run folder, of which one checkpoint and seed is meant."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m mnist_flax.{program}",
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser(module: str, description: str) -> argparse.ArgumentParser:
+    """The command line of `python -m MODULE`, to which a flag that is wrong is a `UserError`."""
+    return _Parser(
+        prog=f"python -m {module}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder that training left")
-    parser.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
-    parser.add_argument("--seed", type=int, help="which network of a run with several seeds")
-    return parser
+
+
+def run_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """The command line of a program on a run folder, of which one checkpoint and seed is meant."""
+    made = parser(module, description)
+    made.add_argument("run_dir", metavar="RUN_DIR", help="the folder that training left")
+    made.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")
+    made.add_argument("--seed", type=int, help="which network of a run with several seeds")
+    return made

@@ -4,7 +4,7 @@ from mnist_flax import cli, report, trained
 
 
 def main() -> None:
-    parser = cli.run_parser("evaluate", __doc__)
+    parser = cli.run_parser("mnist_flax.evaluate", __doc__)
     parser.add_argument(
         "--split", help="a TFDS slice, such as train[90%%:]; default: the test split"
     )

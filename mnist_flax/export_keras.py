@@ -15,7 +15,7 @@ from mnist_flax.trained import Trained
 
 
 def main() -> None:
-    parser = cli.run_parser("export_keras", __doc__)
+    parser = cli.run_parser("mnist_flax.export_keras", __doc__)
     parser.add_argument("file", metavar="FILE", type=Path, help="a new file")
     args = parser.parse_args()
     check_path(args.file)

@@ -4,7 +4,6 @@ FILE is .h5, .weights.h5 or .keras, of Keras 2 or 3, and holds one of the seven 
 Keras nor TensorFlow is needed, and nothing in the file is executed.
 """
 
-import argparse
 import os
 import re
 import tempfile
@@ -38,11 +37,7 @@ from mnist_flax.state import TrainState, root_key
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mnist_flax.import_keras",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("mnist_flax.import_keras", __doc__)
     parser.add_argument("file", metavar="FILE", type=Path, help="what Keras saved")
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a new or empty folder")
     parser.add_argument(

@@ -13,7 +13,7 @@ _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
 def main() -> None:
-    parser = cli.run_parser("predict", __doc__)
+    parser = cli.run_parser("mnist_flax.predict", __doc__)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files of any size")
     parser.add_argument(
         "--invert",

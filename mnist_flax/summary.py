@@ -1,6 +1,5 @@
 """Prints a network layer by layer: python -m mnist_flax.summary larger"""
 
-import argparse
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -71,7 +70,7 @@ def table(title: str, layer_rows: list[Row], image_shape: tuple[int, int, int]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mnist_flax.summary", description=__doc__)
+    parser = cli.parser("mnist_flax.summary", __doc__)
     parser.add_argument("network", metavar="NETWORK", help=", ".join(models.names()))
     parser.add_argument("--image-shape", default="28,28,1", help="height,width,channels")
     parser.add_argument("--classes", type=int, default=10, help="number of classes")

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from mnist_flax import cli, environment
+from mnist_flax import cli, environment, evaluate, import_keras, summary
 
 
 @pytest.fixture
@@ -34,6 +34,22 @@ def test_too_little_memory_is_one_sentence(exit_code, capsys):
     assert error.startswith("error: the device has too little memory (RESOURCE_EXHAUSTED: ")
     assert error.endswith("): free some, or train with a lower batch_size or num_seeds\n")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "program, flags, message",
+    [
+        (evaluate, [], "the following arguments are required: RUN_DIR"),
+        (evaluate, ["x", "--seed=one"], "argument --seed: invalid int value: 'one'"),
+        (import_keras, ["a.h5", "x", "--modle=c"], "unrecognized arguments: --modle=c"),
+        (summary, ["convnet", "more"], "unrecognized arguments: more"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(program, flags, message, exit_code, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", *flags])
+    assert exit_code(program.main) == 2
+    name = program.__name__
+    assert capsys.readouterr().err == f"error: {message}; see python -m {name} --help\n"
 
 
 def test_sigterm_leaves_nothing_half_written(exit_code, tmp_path):
