@@ -2,6 +2,7 @@
 
     python -m benchmarks.startup
     python -m benchmarks.startup --network baseline --repetitions 3
+    python -m benchmarks.startup --device gpu
 
 Each is a whole process: it imports its framework, reads MNIST from disk, builds the network,
 trains one epoch and scores the test set. Ours is `python -m mnist_flax.main`, which also writes
@@ -11,6 +12,7 @@ others are scripts as their users write them. They take turns.
 recipe once does.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -42,18 +44,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--network", choices=models.names(), default="larger")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
+    )
     args = parser.parse_args(argv)
     # Ours is always measured: the ratios are to it.
     scripts = list({OURS: None} | dict.fromkeys(args.scripts))
     needs = [(script, package) for script in scripts for package in SCRIPTS[script][1]]
     suite.check_installed(("the plot", "matplotlib"), *needs)
+    machine = hardware.describe(args.device)
 
     runs = {script: [] for script in scripts}
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder), args.network, args.dataset)
+        write_data(Path(folder), args)
         for repetition in range(args.repetitions):
             for script in scripts:
-                runs[script].append(run(script, args.network, args.dataset, Path(folder)))
+                runs[script].append(run(script, args, Path(folder)))
                 first, whole = (runs[script][-1][k] for k in ("first_step", "whole_process"))
                 done = f"{repetition + 1}/{args.repetitions}"
                 print(
@@ -61,11 +67,11 @@ def main(argv: list[str] | None = None) -> None:
                 )
     result = {
         "network": args.network,
-        "hardware": hardware.describe("cpu"),
+        "hardware": machine,
         "versions": suite.versions(),
         "runs": runs,
     }
-    file = args.results / "startup_cpu.json"
+    file = args.results / f"startup_{args.device}.json"
     suite.write(result, file, table(result))
     titles = {
         "first_step": "seconds from the command to the first step",
@@ -75,11 +81,11 @@ def main(argv: list[str] | None = None) -> None:
     suite.bars(panels, file.with_suffix(".png"))
 
 
-def write_data(folder: Path, network: str, dataset: str) -> None:
+def write_data(folder: Path, args: argparse.Namespace) -> None:
     """Writes what the scripts read: MNIST as one compressed .npz, as Keras distributes it."""
     from mnist_flax import datasets
 
-    train, test = (datasets.load(dataset, split) for split in ("train", "test"))
+    train, test = (datasets.load(args.dataset, split) for split in ("train", "test"))
     np.savez_compressed(
         folder / "data.npz",
         x_train=train.images,
@@ -87,24 +93,25 @@ def write_data(folder: Path, network: str, dataset: str) -> None:
         x_test=test.images,
         y_test=test.labels,
     )
-    config = recipes.config(network)
+    config = recipes.config(args.network)
     job = {
-        "spec": recipes.spec_of(network),
+        "device": args.device,
+        "spec": recipes.spec_of(args.network),
         "batch_size": config.batch_size,
         "optimizer": config.optimizer,
     }
     (folder / "job.json").write_text(json.dumps(job))
 
 
-def run(script: str, network: str, dataset: str, folder: Path) -> dict[str, float]:
+def run(script: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Seconds from the command to the end of the first step, and of the process; its memory."""
     arguments = []
     if script in (OURS, AGAIN):
-        arguments = [network, dataset]
+        arguments = [args.network, args.dataset]
         if script == OURS:
             shutil.rmtree(folder / "cache", ignore_errors=True)
     kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    env = kept | suite.on_device("cpu")
+    env = kept | suite.on_device(args.device)
     env |= {
         "XDG_CACHE_HOME": str(folder / "cache"),
         "KERAS_BACKEND": "tensorflow",

@@ -19,6 +19,8 @@ class FirstStep(keras.callbacks.Callback):
 
 def run(folder: str) -> None:
     job = json.loads(Path(folder, "job.json").read_text())
+    if job["device"] == "gpu":
+        keras_fit.require_gpu()
     with np.load(Path(folder, "data.npz")) as data:
         x_train, y_train = data["x_train"].astype("float32") / 255, data["y_train"]
         x_test, y_test = data["x_test"].astype("float32") / 255, data["y_test"]

@@ -15,10 +15,11 @@ from benchmarks.peers import torch_loop
 def run(folder: str) -> None:
     job = json.loads(Path(folder, "job.json").read_text())
     with np.load(Path(folder, "data.npz")) as data:
-        tensors = {name: torch.from_numpy(data[name]) for name in data.files}
+        device = "cuda" if job["device"] == "gpu" else "cpu"
+        tensors = {name: torch.from_numpy(data[name]).to(device) for name in data.files}
     images = {k: tensors[f"x_{k}"].permute(0, 3, 1, 2).float() / 255 for k in ("train", "test")}
     labels = {k: tensors[f"y_{k}"].long() for k in ("train", "test")}
-    model = torch_loop.network(job["spec"])
+    model = torch_loop.network(job["spec"]).to(device)
     make = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[job["optimizer"]]
     optimizer, cross_entropy = make(model.parameters()), nn.CrossEntropyLoss()
     rows = torch.randperm(len(labels["train"])).split(job["batch_size"])
@@ -28,6 +29,8 @@ def run(folder: str) -> None:
         loss.backward()
         optimizer.step()
         if step == 0:
+            # Waits for the device.
+            loss.item()
             print("first step at", time.time())
     model.eval()
     with torch.no_grad():
