@@ -1,7 +1,7 @@
 """How much of what the machine can do training reaches, and where the time goes.
 
     python -m benchmarks.limits
-    python -m benchmarks.limits --networks convnet larger --device gpu
+    python -m benchmarks.limits --networks convnet larger --device gpu --dtype bfloat16
 
 A step needs at least the floating-point operations and the bytes that `Work` counts, however it is
 carried out. The machine's ceilings are its fastest matrix product and its fastest copy, measured in
@@ -9,23 +9,32 @@ the same turns. What a step would take at these ceilings, over what it takes, is
 limit. Winograd's filtering needs fewer operations than are counted, and what stays in a cache moves
 no bytes, so that a share says how far the plain way could be from here, not how far any way could.
 
-A profile of one device says where a step's time goes. Every point is a process of its own.
+A profile of one device says where a step's time goes; that of a GPU is one without CUDA graphs, and
+idle is what a step takes with them beyond the kernels. Every point is a process of its own.
 """
 
 import argparse
 import collections
 import json
 import math
+import os
 import re
 import statistics
+import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from benchmarks import hardware, recipes, scaling, suite
-from mnist_flax import cli, environment, models, summary
+from mnist_flax import cli, environment, models, parallel, parts, steps, summary
+from mnist_flax.config import COMPUTE_DTYPES
+from mnist_flax.errors import UserError
 
 BATCH_SIZES = {"cpu": (128, 512), "gpu": (512, 2048, 8192)}
 # Numbers of 4 bytes that an update of a parameter moves: the weight, read forwards, backwards and
@@ -35,13 +44,13 @@ PARTS = ("forward", "backward", "optimizer", "gather", "other", "idle")
 
 
 class Work(NamedTuple):
-    """What training needs at least, at float32.
+    """What training needs at least.
 
     Attributes:
         flop: floating-point operations an image.
         image_bytes: bytes an image: of the image, and of each layer's output, which is written and
             read forwards, as its gradient is backwards.
-        step_bytes: bytes a step: of the parameters and the optimiser's moments.
+        step_bytes: bytes a step: of the parameters and the optimiser's moments, in float32.
     """
 
     flop: int
@@ -49,8 +58,8 @@ class Work(NamedTuple):
     step_bytes: int
 
 
-def work(network: str) -> Work:
-    """The work of the network's recipe, on images of 28×28."""
+def work(network: str, dtype: str = "float32") -> Work:
+    """The work of the network's recipe, on images of 28×28, computed in `dtype`."""
     rows = summary.rows(models.create(network))
     flop, outputs = 0, 0
     for i, row in enumerate(rows):
@@ -65,13 +74,14 @@ def work(network: str) -> Work:
             outputs += math.prod(row.shape)
     parameters = sum(row.parameters for row in rows)
     moved = UPDATE[recipes.config(network).optimizer]
-    return Work(flop, 28 * 28 + 4 * 4 * outputs, 4 * moved * parameters)
+    return Work(flop, 28 * 28 + 4 * jnp.dtype(dtype).itemsize * outputs, 4 * moved * parameters)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("limits", __doc__, repetitions=3)
     parser.add_argument("--networks", nargs="+", choices=models.names(), default=models.names())
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="float32")
     parser.add_argument(
         "--batch-sizes", nargs="+", type=suite.positive(int), help="beside the recipe's own"
     )
@@ -81,59 +91,64 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure is not None:
-        measured = profile(**args.measure) if args.measure else ceilings()
+        measured = (profile if "network" in args.measure else ceilings)(**args.measure)
         print(json.dumps(measured))
         return
 
-    machine, points = hardware.describe(args.device), []
+    machine = hardware.describe(args.device)
+    kind = args.device if args.dtype == "float32" else f"{args.device}_{args.dtype}"
+    file = args.results / f"limits_{kind}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
     for network in args.networks:
-        sizes = {
-            recipes.config(network).batch_size,
-            *(args.batch_sizes or BATCH_SIZES[args.device]),
-        }
-        points += [{"network": network, "batch_size": size} for size in sorted(sizes)]
-    profiles = {}
-    found, speeds = [], [[] for _ in points]
-    for repetition in range(args.repetitions):
-        found.append(run(args.device, {}))
-        for point, seen in zip(points, speeds, strict=True):
-            size = {"batch_size": point["batch_size"]}
-            measured = scaling.run(point["network"], args.device, args.seconds, size)
-            seen.append(measured["images_per_second"])
-            print(
-                f"{repetition + 1}/{args.repetitions} {point}: {seen[-1]:,.0f} images/s", flush=True
-            )
-        if repetition == 0:
-            for network in args.networks:
-                try:
-                    profiles[network] = run(args.device, {"network": network})
-                except SystemExit as failure:
-                    print(f"{failure}\n{network}: goes on without its profile", flush=True)
-        result = {
+        usual = recipes.config(network).batch_size
+        sizes = sorted({usual, *(args.batch_sizes or BATCH_SIZES[args.device])})
+        results[network] = {
+            "device": args.device,
             "hardware": machine,
             "versions": environment.versions(),
-            "ceilings": found,
-            "points": [
-                point | work(point["network"])._asdict() | {"images_per_second": seen}
-                for point, seen in zip(points, speeds, strict=True)
-            ],
-            "profiles": profiles,
+            "batch_size": usual,
+            "ceilings": [],
+            "work": work(network, args.dtype)._asdict(),
+            "images_per_second": {str(size): [] for size in sizes},
         }
-        suite.write(result, args.results / f"limits_{args.device}.json", table(result))
+    results = {network: results[network] for network in models.names() if network in results}
+    dtype = {"compute_dtype": args.dtype}
+    for repetition in range(args.repetitions):
+        found = run(args.device, dtype)
+        for network in args.networks:
+            results[network]["ceilings"].append(found)
+            for size, seen in results[network]["images_per_second"].items():
+                point = {"batch_size": int(size)} | dtype
+                measured = scaling.run(network, args.device, args.seconds, point)
+                seen.append(measured["images_per_second"])
+                done = f"{repetition + 1}/{args.repetitions}"
+                print(f"{done} {network}, {size} images a step: {seen[-1]:,.0f} images/s")
+                sys.stdout.flush()
+            if repetition == 0:
+                try:
+                    results[network]["profile"] = run(args.device, {"network": network} | dtype)
+                except UserError as failure:
+                    print(f"{failure}\n{network}: goes on without its profile", flush=True)
+            # After each network, so that a long run that is stopped keeps what it has.
+            have = {name: r for name, r in results.items() if r["ceilings"]}
+            suite.write(have, file, table(have))
 
 
 def run(device: str, measured: dict) -> dict:
     """What `--measure` gives in a process of its own."""
-    return suite.child("limits", device, f"--measure={json.dumps(measured)}")
+    variables = {}
+    if device == "gpu" and "network" in measured:
+        # Of what runs in a CUDA graph the profiler does not say which operation it is.
+        flags = os.environ.get("XLA_FLAGS", "")
+        variables["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
+    return suite.child("limits", device, f"--measure={json.dumps(measured)}", **variables)
 
 
-def ceilings() -> dict[str, float]:
-    """The fastest float32 product, in FLOP/s, and the fastest copy, in bytes read and written.
+def ceilings(compute_dtype: str) -> dict[str, float]:
+    """The fastest product, in FLOP/s, and the fastest copy, in bytes read and written.
 
-    The product is computed as training computes its own: on NVIDIA GPUs in TF32.
+    The product is computed as training computes its own: on NVIDIA GPUs float32 in TF32.
     """
-    import jax
-    import jax.numpy as jnp
 
     def fastest(function, *arguments):
         compiled = jax.jit(function).lower(*arguments).compile()
@@ -149,20 +164,17 @@ def ceilings() -> dict[str, float]:
     speeds = []
     for n in (1024, 2048, 4096) if on_cpu else (4096, 8192, 16384):
         # Random numbers: with equal ones a GPU takes less power and is faster.
-        square = jax.random.normal(jax.random.key(0), (n, n))
-        speeds.append(2 * n**3 / fastest(jnp.dot, square, square))
+        square = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(compute_dtype))
+        product = partial(jnp.dot, preferred_element_type=jnp.float32)
+        speeds.append(2 * n**3 / fastest(product, square, square))
     array = jnp.ones(2**28 if on_cpu else 2**30)
     return {"flop": max(speeds), "bytes": 2 * array.nbytes / fastest(lambda x: x + 1, array)}
 
 
-def profile(network: str) -> dict:
+def profile(network: str, compute_dtype: str = "float32") -> dict:
     """Microseconds a step by part, and the operations that take most, at the recipe's batch."""
-    import jax
-    import numpy as np
-
-    from mnist_flax import parallel, parts, steps
-
     config = recipes.config(network)
+    config.compute_dtype = compute_dtype
     count, shape = 10_000, (28, 28, 1)
     model, tx = parts.create_model(config, 10), parts.create_optimizer(config, count)
     state = parts.initial_state(config, model, tx, shape, parallel.single_mesh())
@@ -192,11 +204,8 @@ def profile(network: str) -> dict:
     by_part = collections.Counter()
     for (_, op_name), microseconds in spent.items():
         by_part[part(op_name)] += microseconds / made
-    step = 1e6 * statistics.median(seconds)
-    if not on_cpu:
-        # Between one kernel and the next; on CPU threads overlap.
-        by_part["idle"] = max(0, step - by_part.total())
     largest = [[*names, microseconds / made] for names, microseconds in spent.most_common(5)]
+    step = 1e6 * statistics.median(seconds)
     return {"step": step, "parts": by_part, "largest": largest}
 
 
@@ -204,10 +213,10 @@ def operations(data, program: str, on_gpu: bool) -> collections.Counter:
     """Microseconds of each operation of a program (HLO text), by its name and `op_name`.
 
     What contains others, such as a loop, is left out. What XLA adds, such as a copy, has an empty
-    `op_name`, as has a GPU's kernel that the program does not name.
+    `op_name`, as has what a GPU does without being named in the program.
 
     Raises:
-        SystemExit: the profiler saw nothing of the device.
+        UserError: the profiler saw nothing of the device.
     """
     line = r'^ *(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\((?:.*?op_name="([^"]*)")?'
     named = {
@@ -219,16 +228,14 @@ def operations(data, program: str, on_gpu: bool) -> collections.Counter:
     # Beside a GPU's own plane there is one of the host, which starts the same kernels.
     planes = [p for p in data.planes if not on_gpu or p.name.startswith("/device:GPU")]
     for plane in planes:
-        for events in (line.events for line in plane.lines):
-            for event in events:
-                kernel = dict(event.stats).get("hlo_op")
-                name = kernel or event.name
-                if name in named:
-                    spent[name, named[name]] += event.duration_ns / 1000
-                elif on_gpu and kernel:
-                    spent[name, ""] += event.duration_ns / 1000
+        # A GPU's kernels lie on its streams; further lines would sum them up once more.
+        for line in (n for n in plane.lines if not on_gpu or n.name.startswith("Stream")):
+            for event in line.events:
+                name = dict(event.stats).get("hlo_op") or event.name
+                if on_gpu or name in named:
+                    spent[name, named.get(name, "")] += event.duration_ns / 1000
     if not spent:
-        raise SystemExit("the profiler recorded nothing of the device")
+        raise UserError("the profiler recorded nothing of the device")
     return spent
 
 
@@ -239,37 +246,50 @@ def part(op_name: str) -> str:
     return next(found, "forward" if "jvp(" in op_name else "other")
 
 
-def table(result: dict) -> str:
+def table(results: dict[str, dict]) -> str:
     """Shares of the ceilings, and of a step's parts, as Markdown."""
-    flop, moved = (statistics.median(c[k] for c in result["ceilings"]) for k in ("flop", "bytes"))
     lines = [
         "| network (batch) | images/s (lowest to highest) | GFLOP/s | GB/s | bound by "
         "| share of the limit |",
         "|---|---|---|---|---|---|",
     ]
-    for point in result["points"]:
-        speed, batch = statistics.median(point["images_per_second"]), point["batch_size"]
-        image_bytes = point["image_bytes"] + point["step_bytes"] / batch
-        by_flop, by_bytes = point["flop"] / flop, image_bytes / moved
-        lines.append(
-            f"| `{point['network']}` ({batch}) | {suite.spread(point['images_per_second'])} "
-            f"| {point['flop'] * speed / 1e9:,.1f} | {image_bytes * speed / 1e9:,.1f} "
-            f"| {'FLOP' if by_flop > by_bytes else 'bytes'} "
-            f"| {max(by_flop, by_bytes) * speed:.0%} |"
-        )
-    lines += [
-        "",
-        f"Ceilings: {flop / 1e9:,.0f} GFLOP/s in a product, {moved / 1e9:,.1f} GB/s in a copy.",
+    shares = [
         "",
         f"| network | {' | '.join(PARTS)} | µs a step, one device |",
         "|" + "---|" * (len(PARTS) + 2),
     ]
-    for network, profiled in result["profiles"].items():
-        total = sum(profiled["parts"].values())
-        shares = " | ".join(f"{profiled['parts'].get(part, 0) / total:.0%}" for part in PARTS)
-        lines.append(f"| `{network}` | {shares} | {profiled['step']:,.0f} |")
-    repetitions = len(result["ceilings"])
-    lines += ["", f"Medians of {repetitions} turns; {suite.conditions(result)}"]
+    conditions = {}
+    for network, result in results.items():
+        turns = result["ceilings"]
+        flop, moved = (statistics.median(turn[key] for turn in turns) for key in ("flop", "bytes"))
+        needed = Work(**result["work"])
+        for batch, speeds in result["images_per_second"].items():
+            speed = statistics.median(speeds)
+            image_bytes = needed.image_bytes + needed.step_bytes / int(batch)
+            by_flop, by_bytes = needed.flop / flop, image_bytes / moved
+            lines.append(
+                f"| `{network}` ({batch}) | {suite.spread(speeds)} "
+                f"| {needed.flop * speed / 1e9:,.1f} | {image_bytes * speed / 1e9:,.1f} "
+                f"| {'FLOP' if by_flop > by_bytes else 'bytes'} "
+                f"| {max(by_flop, by_bytes) * speed:.0%} |"
+            )
+        if profiled := result.get("profile"):
+            found, step = dict(profiled["parts"]), profiled["step"]
+            if result["device"] == "gpu":
+                # On CPU threads overlap.
+                batch = result["batch_size"]
+                step = 1e6 * batch / statistics.median(result["images_per_second"][str(batch)])
+                found["idle"] = max(0, step - sum(found.values()))
+            total = sum(found.values())
+            cells = " | ".join(f"{found.get(name, 0) / total:.0%}" for name in PARTS)
+            shares.append(f"| `{network}` | {cells} | {step:,.0f} |")
+        conditions[network] = (
+            f"Ceilings: {flop / 1e9:,.0f} GFLOP/s in a product, {moved / 1e9:,.1f} GB/s in a copy. "
+            f"Medians of {len(turns)} turns; {suite.conditions(result)}"
+        )
+    lines += shares
+    for line in suite.once(conditions):
+        lines += ["", line]
     return "\n".join(lines) + "\n"
 
 

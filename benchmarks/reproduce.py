@@ -112,13 +112,7 @@ def train(recipe: str, first: int, count: int, dtype: str, runs: Path, env: dict
     command.append(f"--config.compute_dtype={dtype}")
     run_dir = runs / f"{recipe}-seeds{first}-{first + count - 1}"
     process = subprocess.Popen([*command, f"--workdir={run_dir}"], cwd=ROOT, env=env)
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        # The run got it too, and saves what was trained.
-        process.wait()
-        raise
-    if code:
+    if any(finish([process])):
         raise SystemExit(f"{recipe} failed, as said above")
 
 
@@ -133,9 +127,22 @@ def train_in_keras(recipe: str, seeds: list[int], runs: Path, env: dict[str, str
         file = runs / f"{recipe}-keras-seed{seed}" / "summary.json"
         running.append(subprocess.Popen([*command, str(seed), str(file)], cwd=ROOT, env=env))
     # All of them, before one that failed ends this.
-    codes = [process.wait() for process in running]
-    if any(codes):
+    if any(finish(running)):
         raise SystemExit(f"{recipe} in Keras failed, as said above")
+
+
+def finish(running: list[subprocess.Popen]) -> list[int]:
+    """Waits for processes and gives their exit codes; a signal that ends this one ends them too."""
+    try:
+        return [process.wait() for process in running]
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Ctrl-C they got themselves. A run then saves what was trained.
+        if isinstance(stop, SystemExit):
+            for process in running:
+                process.terminate()
+        for process in running:
+            process.wait()
+        raise
 
 
 def write(before: Results, runs: Path, file: Path, busy: bool) -> None:

@@ -82,6 +82,7 @@ def measure(
     examples: int = 60_000,
     width: float = 1,
     num_seeds: int = 1,
+    compute_dtype: str = "float32",
 ) -> dict[str, float]:
     """Trains for at least `seconds` seconds in this process; images/s are those of all seeds."""
     import jax
@@ -94,14 +95,14 @@ def measure(
     rng = np.random.default_rng(0)
     config = recipes.config(network)
     config.batch_size, config.num_seeds = batch_size or config.batch_size, num_seeds
+    config.compute_dtype = compute_dtype
     # A short batch takes as long as a full one.
     examples -= examples % config.batch_size
     images = rng.integers(0, 256, (examples, 28, 28, 1), np.uint8)
     labels = rng.integers(0, 10, examples, np.int32)
-    model = models.create(network)
+    model = parts.create_model(config, 10)
     if width != 1:
-        model = models.create(
-            network,
+        model = model.clone(
             convs=tuple((round(width * features), *rest) for features, *rest in model.convs),
             dense=tuple(round(width * features) for features in model.dense),
         )

@@ -42,14 +42,23 @@ def positive(kind: type) -> Callable[[str], Any]:
     return number
 
 
-def child(name: str, device: str, *flags: str) -> dict[str, Any]:
-    """The JSON that `benchmarks.<name>` prints last, in a process of its own on that device."""
-    # A program from a cache leaves out the memory that compiling takes.
-    env = os.environ | on_device(device) | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+def child(name: str, device: str, *flags: str, **variables: str) -> dict[str, Any]:
+    """The JSON that `benchmarks.<name>` prints last, in a process of its own on that device.
+
+    Args:
+        variables: what is to differ in its environment.
+
+    Raises:
+        UserError: it failed, and has said why.
+    """
+    env = os.environ | on_device(device) | variables
+    if device == "cpu":
+        # A program from a cache leaves out the memory that compiling takes.
+        env["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"benchmarks.{name} failed, as said above")
+        raise UserError(f"benchmarks.{name} failed, as said above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -85,6 +94,16 @@ def write(result: dict[str, Any], file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     files.replace_text(file, json.dumps(result, indent=1) + "\n")
     files.replace_text(file.with_suffix(".md"), text)
+
+
+def once(texts: dict[str, str]) -> list[str]:
+    """Lines that say each text once, and if they differ, of which networks."""
+    networks = {}
+    for network, text in texts.items():
+        networks.setdefault(text, []).append(f"`{network}`")
+    if len(networks) == 1:
+        return list(networks)
+    return [f"{', '.join(named)}: {text}" for text, named in networks.items()]
 
 
 def conditions(result: dict[str, Any]) -> str:

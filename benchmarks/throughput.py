@@ -60,6 +60,7 @@ PEERS = {
     "torch-compile": Kind("torch_loop", "compile", ("torch",)),
     "torch-cudagraphs": Kind("torch_loop", "cudagraphs", ("torch",), device="gpu"),
     "torch-graph": Kind("torch_loop", "graph", ("torch",), device="gpu"),
+    "torch-compile-graph": Kind("torch_loop", "compile_graph", ("torch",), device="gpu"),
 }
 # On CPU the frameworks ask the system for the memory of a step's arrays anew in each step, and have
 # it cleared page by page, unless the C library keeps what is freed; ours does not ask.
@@ -144,12 +145,15 @@ def measure(network: str, peers: list[str], args: argparse.Namespace) -> dict[st
             """Goes on without a peer that fails in the block; but not without ours."""
             try:
                 yield
-            except SystemExit as failure:
+            except UserError as failure:
                 if peer == OURS:
                     raise
                 log(f"{failure}\n{network}: goes on without {peer}")
-                workers.pop(peer, None)
                 reports.pop(peer, None)
+                if dropped := workers.pop(peer, None):
+                    # What could not be written is still there, and would be tried again at the end.
+                    with suppress(BrokenPipeError):
+                        dropped.stdin.close()
 
         for peer in peers:
             worker = stack.enter_context(start(peer, Path(folder), args.device))
@@ -223,20 +227,20 @@ def start(peer: str, folder: Path, device: str) -> subprocess.Popen:
 
 
 def receive(worker: subprocess.Popen, peer: str, folder: Path) -> dict:
-    """The worker's next report; raises SystemExit with its stderr if it died."""
+    """The worker's next report; raises UserError with its stderr if it died."""
     for line in worker.stdout:
         # A framework may print lines of its own.
         if line.startswith("{"):
             return json.loads(line)
-    raise SystemExit((folder / f"{peer}.log").read_text() + f"\n{peer} failed, as said above")
+    raise UserError((folder / f"{peer}.log").read_text() + f"\n{peer} failed, as said above")
 
 
 def check(peer: str, report: dict, ours: dict) -> None:
-    """Raises SystemExit unless a peer trained the network that ours did, and trained it indeed."""
+    """Raises UserError unless a peer trained the network that ours did, and trained it indeed."""
     if report["parameters"] != ours["parameters"]:
-        raise SystemExit(f"{peer} trained another network: {report['parameters']} parameters")
+        raise UserError(f"{peer} trained another network: {report['parameters']} parameters")
     if not report["loss_after"] < 0.8 * report["loss_before"]:
-        raise SystemExit(
+        raise UserError(
             f"{peer} did not learn: its loss went from {report['loss_before']:.3f} to "
             f"{report['loss_after']:.3f}"
         )
@@ -278,14 +282,12 @@ def table(measured: dict[str, dict]) -> str:
     for network, result in measured.items():
         turns = len(result["peers"][OURS]["images_per_second"])
         beside = ", ".join(peer for peer in result["peers"] if peer != OURS) or "no peer"
-        text = (
+        conditions[network] = (
             f"Speeds are medians of {turns} turns beside {beside}, seconds and memory those of one "
             f"start; {suite.conditions(result)}"
         )
-        conditions.setdefault(text, []).append(f"`{network}`")
-    for text, networks in conditions.items():
-        which = f"{', '.join(networks)}: " if len(conditions) > 1 else ""
-        lines += ["", which + text]
+    for line in suite.once(conditions):
+        lines += ["", line]
 
     lines += [
         "",

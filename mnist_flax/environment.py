@@ -21,6 +21,7 @@ _PACKAGES = (
     "tensorflow-datasets",
     "numpy",
 )
+_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -108,10 +109,12 @@ def free_memory() -> tuple[int, int | None]:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that determine a result; None of one that is not
-    installed, but imported from elsewhere."""
+    installed, but imported from elsewhere. Of JAX's plugins for devices those that are installed.
+    """
     # Of this package without its metadata, which a checkout that is not installed lacks.
     ours = {"python": platform.python_version(), "mnist-flax": mnist_flax.__version__}
-    return ours | {name: version_of(name) for name in _PACKAGES}
+    plugins = {name: version for name in _PLUGINS if (version := version_of(name))}
+    return ours | {name: version_of(name) for name in _PACKAGES} | plugins
 
 
 def version_of(package: str) -> str | None:

@@ -32,7 +32,8 @@ def main() -> None:
     args = sys.argv[1:]
     if workdir is None:
         # To the microsecond, as a shell starts several runs in one second.
-        workdir = f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        # A recipe that lacks its name is refused below.
+        workdir = f"runs/{config.get('name')}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         args.append(f"--workdir={workdir}")
     try:
         train.train_and_evaluate(config, workdir)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -54,21 +54,22 @@ def load_data(config: ConfigDict, mesh: Mesh) -> Data:
     """The splits of a run, on every device of the mesh; equal splits share one.
 
     Raises:
-        UserError: the data cannot be had, or does not fit into memory.
+        UserError: the data cannot be had, or does not fit into memory, or the splits' images
+            differ in size.
     """
     data = config.data
 
+    @cache
     def load(split: str) -> Loader:
         return loaders.create(data.loader, data.name, split, data.manual_dir, mesh)
 
-    test = load(data.test_split)
-    watch = None
-    if data.watch_split == data.test_split:
-        watch = test
-    elif data.watch_split:
-        watch = load(data.watch_split)
-    num_classes = datasets.num_classes(data.name)
-    return Data(load(data.train_split), watch, test, num_classes)
+    train, test = load(data.train_split), load(data.test_split)
+    watch = load(data.watch_split) if data.watch_split else None
+    if len({split.image_shape for split in (train, watch or test, test)}) > 1:
+        raise UserError(
+            f"the images of {data.name} differ in size from split to split: take splits of one size"
+        )
+    return Data(train, watch, test, datasets.num_classes(data.name))
 
 
 def create_model(config: ConfigDict, num_classes: int) -> nn.Module:

@@ -29,9 +29,15 @@ def prepare(
         UserError: no network, a wrong file, a folder that cannot be written, TensorFlow needed.
     """
     root, target = Path(builder.data_dir_root), Path(builder.data_dir)
-    occupied = target.exists() and any(target.iterdir())
-    if builders.is_prepared(builder):  # by another process, since `builder` was made
-        return builders.create(name, root)
+    try:
+        occupied = target.exists() and any(target.iterdir())
+        if builders.is_prepared(builder):  # by another process, since `builder` was made
+            return builders.create(name, root)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be read ({builders.short(error)}): set TFDS_DATA_DIR to a folder "
+            "that can"
+        ) from error
     if occupied:
         raise UserError(f"{target} is not a prepared data set: delete this folder and run again")
     if manual_dir is not None:

@@ -1,5 +1,6 @@
 """Exact scores of a data set."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,8 +14,13 @@ from numpy.typing import ArrayLike
 from mnist_flax import batches, epochs, parallel, steps
 from mnist_flax.loaders import Loader
 
-_BATCH_SIZE = 500
 _PIECE = 10_000
+_PIXELS = 500 * 28 * 28
+
+
+def batch_size(image_shape: tuple[int, int, int]) -> int:
+    """How many images are scored at once: 500 of MNIST's, fewer of a larger size."""
+    return max(1, min(500, _PIXELS // math.prod(image_shape[:2])))
 
 
 def compile_scorer(
@@ -25,12 +31,12 @@ def compile_scorer(
     Every example counts once, whatever their number. `variables` may be abstract. With several
     seeds they have a leading axis, and loss and accuracy are lists.
     """
-    rows = batches.eval_batches(data.size, _BATCH_SIZE)
-    most = data.most // (seeds * _BATCH_SIZE)
-    length = max(1, min(len(rows), most, _PIECE // _BATCH_SIZE))
+    size = batch_size(data.image_shape)
+    rows = batches.eval_batches(data.size, size)
+    length = max(1, min(len(rows), data.most // (seeds * size), _PIECE // size))
     epoch = partial(steps.eval_epoch, model=model)
     epoch = epochs.compile_epoch(
-        epoch, mesh, variables, data, _BATCH_SIZE, steps=len(rows), length=length, seeds=seeds
+        epoch, mesh, variables, data, size, steps=len(rows), length=length, seeds=seeds
     )
     rows = np.repeat(rows[:, None], seeds, axis=1)
 

@@ -20,8 +20,9 @@ def noted() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM in a list for the caller to look at.
 
     The first signal restores the handlers of before, so that a second one acts as usual. A signal
-    that was ignored, as Ctrl-C is in a shell's background jobs, stays ignored. Outside the main
-    thread, where Python allows no handlers, nothing is collected.
+    that was ignored, as Ctrl-C is in a shell's background jobs, stays ignored, and one whose
+    handler is not Python's keeps it. Outside the main thread, where Python allows no handlers,
+    nothing is collected.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -30,7 +31,7 @@ def noted() -> Iterator[list[int]]:
     before = {
         signum: handler
         for signum in (signal.SIGINT, signal.SIGTERM)
-        if (handler := signal.getsignal(signum)) != signal.SIG_IGN
+        if (handler := signal.getsignal(signum)) not in (signal.SIG_IGN, None)
     }
 
     def note(signum, frame):

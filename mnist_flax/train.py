@@ -154,7 +154,7 @@ def _train_and_score(
             )
             # The last update may have broken what the last loss does not show yet.
             check_finite("a parameter", jax.tree.leaves(state.params), position)
-            watch_accuracy = None
+            row, watch_accuracy = None, None
             if np.sum(position.count) == data.train.size * config.num_seeds:
                 variables = state_lib.variables(state)
                 watch = programs.score_watch(variables) if programs.score_watch else {}
@@ -163,13 +163,15 @@ def _train_and_score(
                     losses = [each["watch_loss"] for each in row.get("seeds", [row])]
                     check_finite("the watched loss", [losses], position)
                 rundir.append_metrics(run_dir, row)
-                report.epoch(row, config)
                 watch_accuracy = row["watch_accuracy"] if keep_best else None
                 position = position.next_epoch()
             position = replace(position, wall_seconds=earlier + time.perf_counter() - began)
             checkpoint.save(
                 manager, state, constants | {"position": position.record()}, watch_accuracy
             )
+            # Not before it is saved, as the reader of the output may have gone.
+            if row is not None:
+                report.epoch(row, config)
     if received:
         raise signals.Stopped(received[0], saved=state_lib.num_updates(state) > 0)
 

@@ -26,8 +26,6 @@ from mnist_flax import config as config_lib
 from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
 
-_BATCH_SIZE = 500
-
 
 class Trained:
     """A network with its trained parameters.
@@ -69,9 +67,10 @@ class Trained:
             UserError: images of another shape, dtype or range.
         """
         images = self._checked(np.asarray(images))
+        size = scoring.batch_size(self.image_shape)
         rows = [
-            self._predict_batch(images[start : start + _BATCH_SIZE])
-            for start in range(0, len(images), _BATCH_SIZE)
+            self._predict_batch(images[start : start + size])
+            for start in range(0, len(images), size)
         ]
         return np.concatenate(rows) if rows else np.zeros((0, self.model.num_classes), np.float32)
 

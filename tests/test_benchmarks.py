@@ -1,6 +1,8 @@
 import importlib
 import json
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -96,10 +98,10 @@ def test_the_table_compares_medians_with_the_best_peer():
 
 def test_another_network_or_one_that_does_not_learn_is_no_result():
     throughput.check("torch", report(1), ours=report(1))
-    with pytest.raises(SystemExit, match="torch trained another network: 11"):
+    with pytest.raises(UserError, match="torch trained another network: 11"):
         throughput.check("torch", report(1, parameters=11), ours=report(1))
     for loss in (2.2, float("nan")):
-        with pytest.raises(SystemExit, match="torch did not learn"):
+        with pytest.raises(UserError, match="torch did not learn"):
             throughput.check("torch", report(1, loss_after=loss), ours=report(1))
 
 
@@ -152,6 +154,65 @@ def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path, monkeypatch):
 def test_a_committed_table_is_that_of_the_committed_figures(file):
     module = importlib.import_module(f"benchmarks.{re.match('(.+)_(cpu|gpu)', file.stem)[1]}")
     assert file.with_suffix(".md").read_text() == module.table(json.loads(file.read_text()))
+
+
+def test_a_peer_that_dies_is_left_out_and_a_signal_ends_all(monkeypatch):
+    ready, turn, last = (json.dumps(part) for part in (report(1), {"images_per_second": 2}, {}))
+    lives = f"print('{ready}'); [print('{turn}', flush=True) for _ in sys.stdin]; print('{last}')"
+    dies = f"print('{ready}')"
+
+    def start(peer, folder, device):
+        code = f"import sys; sys.stdout.reconfigure(line_buffering=True); {peers[peer]}"
+        (folder / f"{peer}.log").touch()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+        if peers[peer] == dies:
+            process.wait()
+        return process
+
+    peers = {"mnist_flax": lives, "torch": dies}
+    args = SimpleNamespace(device="cpu", repetitions=2, seconds=1)
+    monkeypatch.setattr(throughput, "start", start)
+    monkeypatch.setattr(throughput, "write_job", lambda *_: None)
+    measured = throughput.measure("larger", list(peers), args)
+    assert list(measured) == ["mnist_flax"]
+    assert measured["mnist_flax"]["images_per_second"] == [2, 2]
+
+    # As SIGTERM does, which is no fault of the peer's.
+    def stopped(worker, peer, folder):
+        if peer == "torch":
+            raise SystemExit(143)
+        return report(1)
+
+    monkeypatch.setattr(throughput, "receive", stopped)
+    with pytest.raises(SystemExit):
+        throughput.measure("larger", list(peers), args)
+
+
+def test_what_ends_reproduce_ends_what_it_runs(monkeypatch):
+    class Run:
+        def __init__(self):
+            self.calls = []
+
+        def wait(self):
+            self.calls.append("wait")
+            if stop and self.calls == ["wait"]:
+                raise stop
+            return 0
+
+        def terminate(self):
+            self.calls.append("terminate")
+
+    stop = None
+    assert reproduce.finish([Run(), Run()]) == [0, 0]
+    for stop, calls in (
+        (SystemExit(143), ["wait", "terminate", "wait"]),
+        (KeyboardInterrupt(), ["wait", "wait"]),
+    ):
+        run = Run()
+        with pytest.raises(type(stop)):
+            reproduce.finish([run])
+        assert run.calls == calls
 
 
 def test_the_table_of_accuracies():
@@ -240,28 +301,59 @@ def test_the_work_of_larger_by_hand():
     outputs = 12 * 12 * 30 + 5 * 5 * 15 + 128 + 50 + 10
     found = limits.work("larger")
     assert found == (convolutions + dense, 784 + 16 * outputs, 4 * 10 * 59_933)
+    assert limits.work("larger", "bfloat16") == found._replace(image_bytes=784 + 8 * outputs)
 
 
 def test_shares_of_the_limit_and_of_a_step():
-    def point(batch, speed):
-        facts = {"network": "larger", "batch_size": batch, "images_per_second": [speed]}
-        return facts | {"flop": 4_000_000, "image_bytes": 10_000, "step_bytes": 2_000_000}
-
     result = {
+        "device": "cpu",
         "hardware": "a machine",
         "versions": {"jax": "1"},
+        "batch_size": 200,
         "ceilings": [{"flop": 100e9, "bytes": 1e9}],
-        "points": [point(200, 10_000), point(20, 2_000)],
-        "profiles": {
-            "larger": {"step": 1000.0, "parts": {"forward": 30, "backward": 60, "optimizer": 10}}
-        },
+        "work": {"flop": 4_000_000, "image_bytes": 10_000, "step_bytes": 2_000_000},
+        "images_per_second": {"20": [2_000], "200": [10_000]},
+        "profile": {"step": 1000.0, "parts": {"forward": 30, "backward": 60, "optimizer": 10}},
     }
-    text = limits.table(result)
+    text = limits.table({"larger": result})
     # At 200 a step moves 4 MB in 4 ms and computes 8 ms; at 20, 2.2 MB in 2.2 ms against 0.8 ms.
     row = "| `larger` (200) | 10,000 (10,000 to 10,000) | 40.0 | 0.2 | FLOP | 40% |"
     assert row in text
     assert "| `larger` (20) | 2,000 (2,000 to 2,000) | 8.0 | 0.2 | bytes | 22% |" in text
     assert "| `larger` | 30% | 60% | 10% | 0% | 0% | 0% | 1,000 |" in text
+    conditions = "Ceilings: 100 GFLOP/s in a product, 1.0 GB/s in a copy. Medians of 1 turns; "
+    assert f"\n{conditions}a machine; jax 1.\n" in text
+    # On a GPU kernels of 100 µs leave the rest of a step of 20 ms idle.
+    on_gpu = result | {"device": "gpu", "hardware": "another"}
+    text = limits.table({"larger": result, "convnet": on_gpu})
+    assert "| `convnet` | 0% | 0% | 0% | 0% | 0% | 100% | 20,000 |" in text
+    assert f"\n`convnet`: {conditions}another; jax 1.\n" in text
+
+
+def test_limits_are_kept_network_by_network(monkeypatch, tmp_path):
+    def child(name, device, *flags, **variables):
+        if name == "scaling":
+            return {"images_per_second": 100.0}
+        (measured,) = flags
+        if "network" in measured and "convnet" in measured:
+            raise UserError("benchmarks.limits failed, as said above")
+        if "network" in measured:
+            assert ("XLA_FLAGS" in variables) == (device == "gpu")
+            return {"step": 10.0, "parts": {"forward": 5.0}}
+        assert json.loads(measured.partition("=")[2]) == {"compute_dtype": "bfloat16"}
+        return {"flop": 1e9, "bytes": 1e9}
+
+    monkeypatch.setattr(suite, "child", child)
+    flags = [f"--results={tmp_path}", "--dtype=bfloat16", "--repetitions=2", "--batch-sizes", "64"]
+    limits.main(["--networks", "larger", *flags])
+    limits.main(["--networks", "convnet", *flags])
+    results = json.loads((tmp_path / "limits_cpu_bfloat16.json").read_text())
+    assert list(results) == ["larger", "convnet"]
+    assert results["larger"]["images_per_second"] == {"64": [100, 100], "200": [100, 100]}
+    assert results["convnet"]["images_per_second"] == {"64": [100, 100]}
+    assert "profile" in results["larger"] and "profile" not in results["convnet"]
+    text = (tmp_path / "limits_cpu_bfloat16.md").read_text()
+    assert text == limits.table(results)
 
 
 def test_a_profile_names_the_parts_of_a_step():
@@ -277,7 +369,8 @@ def test_of_a_gpus_profile_its_own_kernels_count():
             SimpleNamespace(name=event, stats=[("hlo_op", op)] if op else [], duration_ns=2000)
             for event, op in events
         ]
-        return SimpleNamespace(name=name, lines=[SimpleNamespace(events=events)])
+        lines = [SimpleNamespace(name=line, events=events) for line in ("Stream #1", "XLA Ops")]
+        return SimpleNamespace(name=name, lines=lines[: 2 if "GPU" in name else 1])
 
     program = (
         '  fusion.1 = f32[] fusion(a), metadata={op_name="jvp(x)"}\n'
@@ -287,9 +380,9 @@ def test_of_a_gpus_profile_its_own_kernels_count():
     device = plane("/device:GPU:0", ("kernel", "fusion.1"), ("kernel", "copy.2"), ("wait", None))
     host = plane("/host:CUPTI", ("fusion.1", None))
     found = limits.operations(SimpleNamespace(planes=[host, device]), program, on_gpu=True)
-    assert found == {("fusion.1", "jvp(x)"): 2, ("copy.2", ""): 2}
+    assert found == {("fusion.1", "jvp(x)"): 2, ("copy.2", ""): 2, ("wait", ""): 2}
     assert limits.part("") == "other"
-    with pytest.raises(SystemExit, match="nothing of the device"):
+    with pytest.raises(UserError, match="nothing of the device"):
         limits.operations(SimpleNamespace(planes=[host]), program, on_gpu=True)
     host = plane("/host:CPU", ("copy.2", None), ("while.3", None), ("a thread", None))
     found = limits.operations(SimpleNamespace(planes=[host]), program, on_gpu=False)

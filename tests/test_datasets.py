@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -445,6 +446,19 @@ def test_a_folder_without_a_data_set_is_named(fresh):
     (fresh / "digits/1.0.0/digits-train.array_record-00000-of-00001").touch()
     with pytest.raises(UserError, match="1.0.0 is not a prepared data set: delete"):
         datasets.load("digits", "train")
+
+
+def test_a_file_where_a_data_set_should_be_is_named(fresh):
+    (fresh / "digits").mkdir()
+    (fresh / "digits/1.0.0").touch()
+    with pytest.raises(UserError, match=r"1.0.0 cannot be read \(Not a directory\)"):
+        datasets.load("digits", "train")
+
+
+def test_asking_for_a_data_set_leaves_nothing_in_the_temporary_folder(fresh, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(fresh))
+    builders.create("cifar10", fresh)
+    assert not list(fresh.iterdir())
 
 
 def test_a_set_that_another_process_prepares_meanwhile_is_used(fresh, capfd):

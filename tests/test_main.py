@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from mnist_flax import main, report
 from mnist_flax.errors import UserError
@@ -115,6 +116,14 @@ def test_a_fault_in_a_recipe_is_one_sentence(monkeypatch, tmp_path, body, messag
         f"from mnist_flax.config import recipe\ndef get_config(): {body}\n"
     )
     assert message in refusal(monkeypatch, f"--config={tmp_path}/mine.py")
+
+
+def test_a_recipe_without_a_name_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(main, "parse", lambda: (ConfigDict({"model": "larger"}), None))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is missing: start from config.default"):
+        main.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_names_every_key():

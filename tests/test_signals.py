@@ -16,6 +16,15 @@ def test_a_signal_is_noted_and_the_next_acts_as_before():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_handler_that_is_not_pythons_is_kept(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    # As Python says of one that a program in C has installed.
+    monkeypatch.setattr(signal, "getsignal", lambda signum: None)
+    with signals.noted():
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_a_signal_that_is_ignored_stays_so():
     # As a script's shell has Ctrl-C ignored by what it runs in the background.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

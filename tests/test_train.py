@@ -16,8 +16,10 @@ import pytest
 
 from mnist_flax import (
     batches,
+    checkpoint,
     datasets,
     environment,
+    loaders,
     models,
     optim,
     parallel,
@@ -278,12 +280,15 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(whole_run, tmp_path, monkeypatch):
-    def kill(row, config):
-        if row["epoch"] == 3:
+    save = checkpoint.save
+
+    def kill(manager, state, *rest):
+        if state.step == 18:
             raise Killed
+        save(manager, state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "epoch", kill)
+        patch.setattr(checkpoint, "save", kill)
         with pytest.raises(Killed):
             train.train_and_evaluate(small_config(), tmp_path / "run")
     # The third epoch's row was written, its checkpoint was not.
@@ -291,6 +296,46 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(whole_run, tmp_path, monk
     assert trained.load(tmp_path / "run").step == 12
     train.train_and_evaluate(small_config(), tmp_path / "run")
     assert_same_run(tmp_path / "run", whole_run[0])
+
+
+def test_an_epoch_is_saved_before_it_is_shown(tmp_path, monkeypatch):
+    def closed(row, config):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report, "epoch", closed)
+    with pytest.raises(BrokenPipeError):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert trained.load(tmp_path / "run").step == 6
+
+
+def test_splits_of_different_sizes_are_refused_before_a_run_folder_is_made(tmp_path, monkeypatch):
+    create = loaders.create
+
+    def cropped(kind, name, split, *rest):
+        loader = create(kind, name, split, *rest)
+        if split.startswith("test"):
+            loader.image_shape = (20, 20, 1)
+        return loader
+
+    monkeypatch.setattr(loaders, "create", cropped)
+    with pytest.raises(UserError, match="differ in size from split to split"):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_equal_splits_are_loaded_once(monkeypatch):
+    loaded = []
+    create = loaders.create
+    monkeypatch.setattr(loaders, "create", lambda *args: loaded.append(args[2]) or create(*args))
+    config = small_config(**{"data.watch_split": "train[:90]"})
+    data = parts.load_data(config, parallel.single_mesh())
+    assert data.watch is data.train and loaded == ["train[:90]", "test[:70]"]
+
+
+def test_larger_images_are_scored_fewer_at_once():
+    assert scoring.batch_size((28, 28, 1)) == scoring.batch_size((8, 8, 3)) == 500
+    assert scoring.batch_size((56, 56, 3)) == 125
+    assert scoring.batch_size((3000, 2000, 3)) == 1
 
 
 def test_a_killed_run_goes_on_inside_an_epoch(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_images_may_be_bytes_or_floats_with_or_without_channels(run, images):
 
 def test_any_number_of_images_can_be_predicted(run, images, monkeypatch):
     expected = run.predict(images)
-    monkeypatch.setattr(trained, "_BATCH_SIZE", 3)
+    monkeypatch.setattr(scoring, "batch_size", lambda image_shape: 3)
     np.testing.assert_allclose(run.predict(images), expected, atol=1e-6)
     assert run.predict(images[:0]).shape == (0, 10)
 

@@ -89,7 +89,7 @@ def create(job: Job, data: Data, variant: str) -> Peer:
     rows = torch.from_numpy(data.rows).to(device, torch.int64)
 
     model = network(job.spec).to(device, memory_format=layout)
-    capturable = variant == "graph"
+    capturable = variant in ("graph", "compile_graph")
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = (
         torch.optim.Adam(
@@ -107,7 +107,7 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         )
     )
     forward = model
-    if variant == "compile":
+    if variant in ("compile", "compile_graph"):
         forward = torch.compile(model)
     elif variant == "cudagraphs":
         forward = torch.compile(model, mode="reduce-overhead")
@@ -126,7 +126,7 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         total.add_(loss.detach())
         correct.add_((logits.detach().argmax(1) == y).sum())
 
-    if variant == "graph":
+    if capturable:
         step = captured(step, rows[0])
     turn = count()
 
