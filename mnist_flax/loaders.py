@@ -45,11 +45,16 @@ class Piece(NamedTuple):
 
 
 class Resident:
-    """A whole data set on each device, once, as uint8; a piece is nothing but indices."""
+    """A whole data set on each device, once, as uint8; a piece is nothing but indices.
+
+    All devices of a CPU share one copy.
+    """
 
     shared = True
 
     def __init__(self, arrays: Arrays, mesh: Mesh):
+        if mesh.devices.flat[0].platform == "cpu":
+            arrays = Arrays(*map(_aligned, arrays))
         self._arrays, self._mesh = _send(arrays, parallel.replicated_sharding(mesh)), mesh
         self.size, self.image_shape = len(arrays.labels), arrays.images.shape[1:]
         # It brings indices only.
@@ -138,11 +143,11 @@ def create(loader: str, name: str, split: str, manual_dir: str, mesh: Mesh) -> L
     """
     if loader == "stream":
         return Streamed(datasets.open_slice(name, split, manual_dir), mesh)
-    _check_memory(name, split, manual_dir, len(mesh.local_devices))
+    _check_memory(name, split, manual_dir)
     return Resident(datasets.load(name, split, manual_dir), mesh)
 
 
-def _check_memory(name: str, split: str, manual_dir: str, copies: int) -> None:
+def _check_memory(name: str, split: str, manual_dir: str) -> None:
     """Refuses a split that does not fit, before it is read.
 
     Raises:
@@ -152,8 +157,8 @@ def _check_memory(name: str, split: str, manual_dir: str, copies: int) -> None:
     host, device = environment.free_memory()
     needs = [("this machine", read, host), (environment.device_name(), given, device)]
     if device is None:
-        # On CPU all copies lie in one memory.
-        needs = [("this machine", read + copies * given, host)]
+        # On CPU both are in one memory.
+        needs = [("this machine", read + given, host)]
     for memory, needed, free in needs:
         if needed > free:
             # A slice is cut of what was read as a whole.
@@ -182,6 +187,15 @@ def _shares(
     """Where in rows of that shape the devices' shares are."""
     indices = parallel.rows_sharding(mesh).devices_indices_map(shape)
     return [indices[device] for device in devices]
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy at a multiple of 64 bytes, of which JAX makes no further one for a CPU device."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _send(arrays: tuple[np.ndarray, ...], sharding: NamedSharding) -> tuple[jax.Array, ...]:

@@ -161,7 +161,7 @@ def test_a_slice_says_what_it_takes_before_it_is_read(prepared):
     ("host", "device", "copies", "named"),
     [
         ((1500 + 60) * 784, None, 1, "this machine"),
-        ((1500 + 120) * 784, None, 2, "this machine"),
+        ((1500 + 60) * 784, None, 2, "this machine"),
         (1500 * 784, 60 * 784, 2, "cpu"),
         (1500 * 784, 60 * 784, 2, "this machine"),
     ],
@@ -178,6 +178,21 @@ def test_data_that_does_not_fit_is_refused(monkeypatch, prepared, host, device, 
         ways_out += r", or name a smaller slice than train\[:60\]"
     with pytest.raises(UserError, match=f"{named}.* 0.0 GiB free: {ways_out}$"):
         loaders.create("resident", "digits", "train[:60]", "", mesh)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
+def test_the_devices_of_a_cpu_share_one_copy_of_the_data(shape):
+    mesh = parallel._mesh(jax.devices()[:4], shape)
+    # Not where a copy would be needed, and changed afterwards.
+    images = np.ones(501 * 784 + 1, np.uint8)[1:].reshape(501, 28, 28, 1)
+    given = datasets.Arrays(images, np.arange(501, dtype=np.int32))
+    (piece,) = loaders.Resident(given, mesh).pieces(np.zeros((1, 2, 4), np.int32), 1)
+    images[:] = 2
+    assert (piece.images == 1).all() and (piece.labels == np.arange(501)).all()
+    for array in (piece.images, piece.labels):
+        shards = array.addressable_shards
+        assert len(shards) == 4
+        assert len({shard.data.unsafe_buffer_pointer() for shard in shards}) == 1
 
 
 def test_a_stream_refuses_what_cannot_be_read_or_has_no_label(tmp_path):
