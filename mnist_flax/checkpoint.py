@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from mnist_flax import files
 from mnist_flax.errors import UserError
 from mnist_flax.state import TrainState, num_updates
 
@@ -62,6 +63,8 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
         # Without the metrics, which are of no use then, and without other processes.
         lightweight_initialize=read_only,
         create=not read_only,
+        # What a save left that was cut short.
+        cleanup_tmp_directories=not read_only,
         multiprocessing_options=alone if read_only else ocp.options.MultiprocessingOptions(),
     )
     try:
@@ -74,6 +77,8 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
         yield manager
     finally:
         with _as_user_error(folder):
+            if not read_only:
+                _sync_latest(manager)
             manager.close()
 
 
@@ -135,8 +140,8 @@ def save(
 ) -> None:
     """Starts saving the state under its step; the state may be donated once this returns.
 
-    Checkpoints of this step and later ones can only be damaged ones that `restore` passed over.
-    They are put aside as STEP.damaged-..., as the manager would take them for the latest.
+    The checkpoint before is on the disk then, whatever happens to the machine: Orbax deletes an
+    older one when this one is complete.
 
     Raises:
         UserError: there is no room for it, or the save before could not be written.
@@ -150,13 +155,24 @@ def save(
     with _as_user_error(manager.directory):
         # Before Orbax finds out in many threads at once.
         check_room(manager.directory, state)
-        _put_aside(manager, step)
+        _sync_latest(manager)
         manager.save(step, args=args, metrics=metrics, force=True)
 
 
-def _put_aside(manager: ocp.CheckpointManager, step: int) -> None:
-    """Renames the checkpoints from `step` on; what is damaged for one program may be mended."""
-    passed_over = [found for found in manager.all_steps() if found >= step]
+def _sync_latest(manager: ocp.CheckpointManager) -> None:
+    """Waits for a save under way and has it outlast a power cut, for which Orbax does not care."""
+    manager.wait_until_finished()
+    if (step := manager.latest_step()) is not None:
+        files.sync(Path(manager.directory) / str(step))
+
+
+def put_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    """Renames the checkpoints after `step`, which `restore` passed over, to STEP.damaged-...
+
+    The manager would keep them instead of sound ones. What is damaged for one program may be
+    mended.
+    """
+    passed_over = [found for found in manager.all_steps() if found > step]
     for found in passed_over:
         path = Path(manager.directory) / str(found)
         path.rename(path.with_name(f"{found}.damaged-{secrets.token_hex(4)}"))
@@ -202,6 +218,10 @@ def restore(
             raise
         except Exception as error:
             # Orbax raises whatever the damage leads to.
+            if not (Path(manager.directory) / str(candidate)).exists():
+                # The run is under way, and has newer ones by now.
+                manager.reload()
+                return restore(manager, like, step)
             if _may_pass(error):
                 raise UserError(
                     f"checkpoint {candidate} in {manager.directory} cannot be read at the moment "
@@ -227,7 +247,9 @@ def _may_pass(error: Exception) -> bool:
     """Whether a checkpoint that cannot be read may be sound nevertheless."""
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    statuses = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
+    # Orbax's library for arrays gives the system's errors as texts.
+    statuses = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "ABORTED")
+    statuses += ("DEADLINE_EXCEEDED", "Input/output error", "Stale file handle")
     return isinstance(error, MemoryError) or any(status in str(error) for status in statuses)
 
 

@@ -1,6 +1,7 @@
 """What the command-line programs share: parsers, exit codes, and keeping what was compiled."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ def run(main: Callable[[], None]) -> None:
     a reader of the output that has closed it.
     """
     environment.keep_compiled()
+    # None where the caller has closed it.
+    sys.stdout = sys.stdout or io.StringIO()
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:

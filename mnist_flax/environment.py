@@ -22,15 +22,20 @@ _PACKAGES = (
     "numpy",
 )
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def device_name() -> str:
-    """The device that computations run on: "cpu (2 cores of NAME)", or such as "NVIDIA H200"."""
+def device_name(count: int = 1) -> str:
+    """What `count` devices compute on: "cpu (2 cores of NAME)", or such as "2 × NVIDIA H200".
+
+    One CPU device has all cores, and of several each has one.
+    """
     device = jax.devices()[0]
     if device.platform != "cpu":
-        return device.device_kind
-    return f"cpu ({cores()} cores of {cpu_name()})"
+        return device.device_kind if count == 1 else f"{count} × {device.device_kind}"
+    there = cores()
+    used = f"{count} of {there}" if 1 < count < there else str(there)
+    return f"cpu ({used} cores of {cpu_name()})"
 
 
 def cpu_name() -> str:
@@ -45,12 +50,29 @@ def cpu_name() -> str:
 
 def cores() -> int:
     """The cores that this process may use, where the system tells; a container's share of them."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    count = len(affinity(0)) if affinity else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = map(int, (_CGROUP / "cpu.max").read_text().split())
-        count = min(count, max(1, quota // period))
+    count = processors()
+    for group in _cgroups():
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            count = min(count, max(1, quota // period))
     return count
+
+
+def processors() -> int:
+    """The cores that this process may run on, of which a container may have a share alone."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count()
+
+
+def _cgroups() -> list[Path]:
+    """Linux's control groups that limit this process: its own and those above it."""
+    own = ""
+    with contextlib.suppress(OSError):
+        for line in _OWN_CGROUP.read_text().splitlines():
+            if line.startswith("0::/") and ".." not in line:
+                own = line.removeprefix("0::/")
+    group = _CGROUP / own
+    return [group, *group.parents[: len(Path(own).parts)]]
 
 
 def keep_compiled() -> None:
@@ -95,12 +117,13 @@ def free_memory() -> tuple[int, int | None]:
     """Free bytes of this machine, and of the device where it has a memory of its own and tells."""
     host = psutil.virtual_memory().available
     # A container may have less than the machine.
-    with contextlib.suppress(OSError, ValueError):
-        kinds = ("max", "current", "stat")
-        limit, used, stat = ((_CGROUP / f"memory.{kind}").read_text() for kind in kinds)
-        # The system gives up what it keeps of files.
-        kept = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
-        host = min(host, int(limit) - int(used) + int(kept))
+    for group in _cgroups():
+        with contextlib.suppress(OSError, ValueError):
+            kinds = ("max", "current", "stat")
+            limit, used, stat = ((group / f"memory.{kind}").read_text() for kind in kinds)
+            # The system gives up what it keeps of files.
+            kept = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
+            host = min(host, int(limit) - int(used) + int(kept))
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return host, None

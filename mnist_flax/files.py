@@ -1,4 +1,4 @@
-"""Writing a file as a whole."""
+"""Writing a file as a whole, and what outlasts a power cut."""
 
 import os
 import secrets
@@ -18,9 +18,25 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     try:
         with temporary.open("wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """Has the system write to the disk what it still holds of a folder and all that is in it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -244,7 +244,9 @@ def _found(content: Content) -> str:
         return f"it has {', '.join(node.text for node in content.network.nodes)}"
     shapes = (array.shape for arrays in content.weights for array in arrays)
     arrays = ", ".join("×".join(map(str, shape)) for shape in shapes)
-    return f"it has arrays of {arrays}" if arrays else "it has no layer with weights"
+    if not arrays:
+        return "it has no layer with weights"
+    return f"it has arrays of {arrays}; weights alone are taken to be of images of 28×28"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -65,11 +67,13 @@ def read(path: Path) -> Content:
         with path.open("rb") as file:
             start = file.read(8)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a file") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): name a file, .h5, .keras or .weights.h5"
+        ) from None
     if not start.startswith(_SIGNATURES):
         raise UserError(
-            f"{path} is neither an HDF5 nor a .keras file: give what Keras's model.save or "
-            "model.save_weights wrote"
+            f"{path} is neither an HDF5 nor a .keras file, as which Keras saves a model: save it "
+            "as .h5, .keras or .weights.h5"
         )
     with as_user_error(path):
         return _content(_read_apart(path))
@@ -131,16 +135,26 @@ def _read_apart(path: Path) -> dict[str, np.ndarray]:
     """The archive that `hdf5_reader` makes of a file.
 
     Raises:
+        MemoryError: there is not enough for it.
+        UserError: it is larger, or takes longer, than any of the seven networks.
         ValueError: it did not come to an end.
     """
     command = [sys.executable, "-P", hdf5_reader.__file__, str(path.absolute())]
+    # Which takes memory for every thread.
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     try:
-        reader = subprocess.run(command, capture_output=True, timeout=_MOST_SECONDS)
+        reader = subprocess.run(command, capture_output=True, timeout=_MOST_SECONDS, env=env)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"reading it did not end in {_MOST_SECONDS} s") from None
+        raise UserError(f"reading it did not end in {_MOST_SECONDS} s") from None
+    lines = reader.stderr.decode(errors="replace").splitlines() if reader.returncode > 0 else []
+    reason = lines[-1] if lines else "the HDF5 library crashed on it"
+    # Without memory the system kills it.
+    if reader.returncode in (hdf5_reader.NO_MEMORY, -signal.SIGKILL):
+        raise MemoryError
+    if reader.returncode == hdf5_reader.TOO_LARGE:
+        raise UserError(reason)
     if reader.returncode:
-        lines = reader.stderr.decode(errors="replace").splitlines() if reader.returncode > 0 else []
-        raise ValueError(lines[-1] if lines else "the HDF5 library crashed on it")
+        raise ValueError(reason)
     with np.load(io.BytesIO(reader.stdout), allow_pickle=False) as archive:
         return dict(archive)
 
@@ -216,14 +230,17 @@ def _write_weights(file: h5py.File, layers: Layers) -> None:
 
 
 def _write_legacy(file: h5py.File, config: keras_layers.Config, layers: Layers) -> None:
-    file.attrs["model_config"] = json.dumps(config)
+    # In bytes, as Keras writes texts: older ones decode them whatever they are.
+    file.attrs["model_config"] = json.dumps(config).encode()
     weights = file.create_group("model_weights")
     for attributes in (file.attrs, weights.attrs):
-        attributes["backend"], attributes["keras_version"] = "jax", _KERAS_VERSION
-    weights.attrs["layer_names"] = [name for _, name, _ in layers]
+        attributes["keras_version"] = _KERAS_VERSION.encode()
+        # Of any other older ones mirror the kernels.
+        attributes["backend"] = b"tensorflow"
+    weights.attrs["layer_names"] = [name.encode() for _, name, _ in layers]
     for _, name, arrays in layers:
         group = weights.create_group(name)
         paths = [f"{name}/kernel", f"{name}/bias"][: len(arrays)]
-        group.attrs["weight_names"] = paths
+        group.attrs["weight_names"] = [path.encode() for path in paths]
         for path, array in zip(paths, arrays, strict=True):
             group[path] = array

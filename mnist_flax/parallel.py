@@ -60,6 +60,15 @@ def mesh(config: ConfigDict) -> Mesh:
     return chosen
 
 
+def keep_to_share() -> None:
+    """Has one CPU device take no more threads than a container has cores, as XLA counts them all.
+
+    Without effect where JAX has started.
+    """
+    if (share := environment.cores()) < environment.processors():
+        os.environ.setdefault("NPROC", str(share))
+
+
 def single_mesh() -> Mesh:
     """The first device of this process alone."""
     own = [device for device in devices() if device.process_index == jax.process_index()]
@@ -127,12 +136,20 @@ def _shape(config: ConfigDict, devices: int) -> tuple[int, int]:
     if config.parallel:
         rows = math.gcd(config.num_seeds, config.parallel)
         return rows, config.parallel // rows
-    rows = math.gcd(config.num_seeds, devices)
-    return rows, max(1, min(devices // rows, config.batch_size // _LEAST_EXAMPLES))
+    shapes = [
+        (rows, max(1, min(devices // rows, config.batch_size // _LEAST_EXAMPLES)))
+        for rows in range(1, devices + 1)
+        if config.num_seeds % rows == 0
+    ]
+    # Of those with most devices that whose devices wait for each other least.
+    return max(shapes, key=lambda shape: (math.prod(shape), shape[0]))
 
 
 def _make_cores_devices(count: int) -> None:
-    if count == 1 or jax.config.jax_num_cpu_devices != -1 or not _cpu_only():
+    if jax.config.jax_num_cpu_devices != -1 or not _cpu_only():
+        return
+    if count == 1:
+        keep_to_share()
         return
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return

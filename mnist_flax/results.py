@@ -45,6 +45,7 @@ def summary(
     score: dict[str, Any],
     position: Position,
     rows: list[dict[str, Any]],
+    devices: int,
 ) -> dict[str, Any]:
     """The contents of summary.json.
 
@@ -54,6 +55,7 @@ def summary(
         score: of the test split, as `scoring` gives it.
         position: at the end of the run.
         rows: of metrics.jsonl.
+        devices: the number of those that trained.
     """
     images = train_examples * config.num_seeds
     seconds = sum(row["seconds"] for row in rows)
@@ -71,7 +73,7 @@ def summary(
         "compile_seconds": position.compile_seconds,
         # None where the lines of all epochs were deleted.
         "images_per_second": len(rows) * images / seconds if rows else None,
-        "device": environment.device_name(),
+        "device": environment.device_name(devices),
         "versions": environment.versions(),
     }
     if config.num_seeds > 1:

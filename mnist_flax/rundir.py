@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,34 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
     stored, given = (config_lib.flatten(c) for c in (read_config(run_dir), config))
     # Not what Orbax left of a save that was cut short.
     steps = {path.name for path in folder.glob("*") if path.name.isdigit()}
+    metrics = run_dir / "metrics.jsonl"
+    rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    # The third row is written when the first checkpoint is.
+    if not steps and not summary.exists() and rows > 2:
+        raise UserError(
+            f"the checkpoints of the run in {run_dir}, which has trained {rows} epochs, are gone: "
+            "put them back, or name another folder with --workdir"
+        )
     if summary.exists() or steps - {"0"}:
         fixed = (stored | given).keys() - _MAY_DIFFER
     else:
         # Nothing was trained that could be lost; step 0 is a network from elsewhere.
         fixed = _OF_THE_NETWORK if steps else ()
+    _check_same(run_dir, stored, given, fixed)
+
+
+def check_trained(run_dir: Path, stored: dict[str, Any], config: ConfigDict) -> None:
+    """Refuses to train on by another configuration than that of a checkpoint, `stored`.
+
+    Raises:
+        UserError: config.json is not that of the checkpoints.
+    """
+    stored, given = config_lib.flatten(ConfigDict(stored)), config_lib.flatten(config)
+    # What other versions know is the rest.
+    _check_same(run_dir, stored, given, stored.keys() & given.keys() - set(_MAY_DIFFER))
+
+
+def _check_same(run_dir: Path, stored: dict, given: dict, fixed: Collection[str]) -> None:
     differing = [
         f"{key} is {stored.get(key)!r} there and {given.get(key)!r} now"
         for key in stored | given
@@ -234,7 +257,9 @@ def start_metrics(run_dir: Path, step: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         # Only a line that ends was written whole.
         whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        rows = [json.loads(line) for line in whole]
+        found = [(row["step"], row["seconds"]) for row in rows]
+        kept = [line for line, (made, _) in zip(whole, found, strict=True) if made <= step]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): mend or delete that line") from None
     except OSError as error:

@@ -2,8 +2,14 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Within so many seconds a second signal is the same stop once more, as where make passes on what
+# all processes get.
+_REPEATED = 1.0
 
 
 class Stopped(Exception):
@@ -17,9 +23,9 @@ class Stopped(Exception):
 
 @contextmanager
 def noted() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list for the caller to look at.
+    """Collects SIGINT, SIGTERM and SIGHUP in a list for the caller to look at.
 
-    The first signal restores the handlers of before, so that a second one acts as usual. A signal
+    After the first another one acts as usual, if it does not come within a second. A signal
     that was ignored, as Ctrl-C is in a shell's background jobs, stays ignored, and one whose
     handler is not Python's keeps it. Outside the main thread, where Python allows no handlers,
     nothing is collected.
@@ -30,13 +36,20 @@ def noted() -> Iterator[list[int]]:
         return
     before = {
         signum: handler
-        for signum in (signal.SIGINT, signal.SIGTERM)
+        for signum in _SIGNALS
         if (handler := signal.getsignal(signum)) not in (signal.SIG_IGN, None)
     }
 
+    first = 0.0
+
     def note(signum, frame):
-        received.append(signum)
-        restore()
+        nonlocal first
+        if not received:
+            received.append(signum)
+            first = time.monotonic()
+        elif time.monotonic() - first > _REPEATED:
+            restore()
+            signal.raise_signal(signum)
 
     def restore():
         for signum, handler in before.items():

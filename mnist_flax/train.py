@@ -112,7 +112,7 @@ def _train_and_score(
 ) -> dict[str, Any]:
     """`train_and_evaluate` from the initial state on, in a folder that is held."""
     parameters = state_lib.count_parameters(abstract.params) // config.num_seeds
-    report.header(config, parameters, data, run_dir, environment.device_name())
+    report.header(config, parameters, data, run_dir, environment.device_name(mesh.size))
 
     # Choosing the best by images of the test set would make its score a lie.
     keep_best = data.watch is not None and not datasets.overlap(
@@ -133,7 +133,8 @@ def _train_and_score(
         checkpoint.open_manager(rundir.checkpoints(run_dir)) as manager,
     ):
         check_finite = partial(_check_finite, config, manager)
-        state, position = _restore(config, manager, abstract, constants) or (None, Position())
+        restored = _restore(config, run_dir, manager, abstract, constants)
+        state, position = restored or (None, Position())
         if state is None or state_lib.num_updates(state) == 0:
             start = parts.initial_state(config, model, tx, data.train.image_shape, mesh)
             # Of a network from a Keras file the parameters alone count.
@@ -179,19 +180,26 @@ def _train_and_score(
     check_finite("the test loss", [score["loss"]], position)
     position = replace(position, wall_seconds=earlier + time.perf_counter() - began)
     rows = rundir.read_metrics(run_dir)
-    summary = results.summary(config, data.train.size, parameters, score, position, rows)
+    summary = results.summary(config, data.train.size, parameters, score, position, rows, mesh.size)
     rundir.write_summary(run_dir, summary)
     report.result(summary, run_dir)
     return summary
 
 
 def _restore(
-    config: ConfigDict, manager: Any, abstract: TrainState, constants: dict[str, Any]
+    config: ConfigDict,
+    run_dir: Path,
+    manager: Any,
+    abstract: TrainState,
+    constants: dict[str, Any],
 ) -> tuple[TrainState, Position] | None:
     """State and position of the newest sound checkpoint; None where there is none."""
 
     def like(record: dict[str, Any]) -> TrainState:
         _check_data(config, record, constants)
+        at = Position(**record["position"])
+        if at.epoch or np.any(at.count):
+            rundir.check_trained(run_dir, record["config"], config)
         before = record["config"]["optimizer"]
         if before == config.optimizer:
             return abstract
@@ -204,6 +212,7 @@ def _restore(
         return None
     state, record = restored
     position = Position(**record["position"])
+    checkpoint.put_aside(manager, state_lib.num_updates(state))
     report.resuming(state_lib.num_updates(state), position.epoch, config.epochs)
     _check_devices(record.get("devices_a_batch"), constants["devices_a_batch"])
     return state, position

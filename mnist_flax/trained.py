@@ -144,6 +144,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     """
     run_dir = Path(workdir)
     config = rundir.read_config(run_dir)
+    parallel.keep_to_share()
     # For its UserError: without a device Orbax would fail later, with a traceback.
     parallel.devices()
     seeds = config_lib.seeds(config)

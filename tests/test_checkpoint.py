@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mnist_flax import checkpoint, models, optim, parallel
+from mnist_flax import checkpoint, files, models, optim, parallel
 from mnist_flax.errors import UserError
 from tests.helpers import random_state
 
@@ -135,6 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, start, damage):
     assert record == {"note": 1}
     # The run that goes on from there replaces it, and puts it aside.
     with checkpoint.open_manager(folder) as manager:
+        checkpoint.put_aside(manager, 1)
         checkpoint.save(manager, at(start, 2), {"note": 2})
     assert len([*folder.glob("2.damaged-*")]) == 1
     assert_equal(restore(folder, start)[0], at(start, 2))
@@ -204,8 +205,50 @@ def test_damaged_later_checkpoints_do_not_count_as_the_latest(tmp_path, start):
     for step in ("2", "10"):
         flip_a_byte(folder / step)
     with checkpoint.open_manager(folder) as manager:
+        checkpoint.put_aside(manager, 2)
         checkpoint.save(manager, at(start, 3), {"note": 3})
     assert steps_in(folder) == [2, 3]
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_next_is_saved(tmp_path, start, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync", lambda folder: synced.append(int(folder.name)))
+    with checkpoint.open_manager(tmp_path / "c") as manager:
+        checkpoint.save(manager, at(start, 1), {})
+        assert not synced
+        checkpoint.save(manager, at(start, 2), {})
+        assert synced == [1]
+    assert synced == [1, 2]
+
+
+def test_all_of_a_folder_is_synced(tmp_path, monkeypatch):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").touch()
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    files.sync(tmp_path / "a")
+    assert synced == [str(tmp_path / path) for path in ("a", "a/b", "a/b/c")]
+
+
+def test_checkpoints_that_a_run_deletes_meanwhile_are_not_damaged(tmp_path, start, recwarn):
+    folder = saved(tmp_path / "c", start, [None, None])
+    with checkpoint.open_manager(folder, read_only=True) as reader:
+        assert sorted(reader.all_steps()) == [1, 2]
+        with checkpoint.open_manager(folder) as manager:
+            for step in (3, 4):
+                checkpoint.save(manager, at(start, step), {"note": step})
+        assert checkpoint.restore(reader, lambda record: start)[1] == {"note": 4}
+        with pytest.raises(UserError, match=r"no checkpoint of step 1: it has \[4, 3\]"):
+            checkpoint.restore(reader, lambda record: start, 1)
+    assert not [w for w in recwarn if "damaged" in str(w.message)]
+
+
+def test_what_a_save_left_that_was_cut_short_is_cleaned_up(tmp_path, start):
+    folder = saved(tmp_path / "c", start, [None])
+    (folder / "2.orbax-checkpoint-tmp").mkdir()
+    with checkpoint.open_manager(folder):
+        pass
+    assert not (folder / "2.orbax-checkpoint-tmp").exists()
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path, start):
@@ -221,6 +264,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path, start):
         OSError(5, "Input/output error"),
         MemoryError(),
         ValueError("PERMISSION_DENIED: Error opening local file"),
+        ValueError("UNKNOWN: Error reading local file [OS error 5: EIO Input/output error]"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
     ],
 )

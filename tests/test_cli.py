@@ -62,6 +62,20 @@ def test_sigterm_leaves_nothing_half_written(exit_code, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_ends_it_without_a_traceback(exit_code, capsys):
+    assert exit_code(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+
+def test_an_output_that_is_closed_is_done_without(tmp_path):
+    code = (
+        "import sys; from mnist_flax import cli; cli.run(lambda: sys.stdout.isatty() or print(1))"
+    )
+    command = f'exec "{sys.executable}" -c "{code}" >&-'
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_reader_that_closes_the_output_ends_it_quietly():
     reader, writer = os.pipe()
     os.close(reader)

@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -64,6 +65,37 @@ def test_a_container_has_its_share_of_the_cores(tmp_path, monkeypatch):
     for text, cores in [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)]:
         (tmp_path / "cpu.max").write_text(f"{text}\n")
         assert environment.cores() == cores
+
+
+def test_limits_of_the_groups_above_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
+    monkeypatch.setattr(environment, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    (tmp_path / "own").write_text("1:name=systemd:/elsewhere\n0::/slurm/job_1/step_0\n")
+    (tmp_path / "slurm/job_1/step_0").mkdir(parents=True)
+    (tmp_path / "slurm/job_1/step_0/cpu.max").write_text("max 100000\n")
+    (tmp_path / "slurm/job_1/cpu.max").write_text("300000 100000\n")
+    (tmp_path / "slurm/cpu.max").write_text("600000 100000\n")
+    assert environment.cores() == 3
+    for kind, text in (("max", "1000000"), ("current", "900000"), ("stat", "inactive_file 0")):
+        (tmp_path / f"slurm/job_1/memory.{kind}").write_text(f"{text}\n")
+    assert environment.free_memory()[0] == 100_000
+    # Of a namespace that does not reach up to there.
+    (tmp_path / "own").write_text("0::/../other\n")
+    assert environment.cores() == 8
+
+
+def test_the_device_is_said_with_what_of_it_trains(monkeypatch):
+    monkeypatch.setattr(environment, "cores", lambda: 16)
+    monkeypatch.setattr(environment, "cpu_name", lambda: "A CPU")
+    # One device has all cores.
+    assert environment.device_name() == "cpu (16 cores of A CPU)"
+    assert environment.device_name(12) == "cpu (12 of 16 cores of A CPU)"
+    assert environment.device_name(16) == "cpu (16 cores of A CPU)"
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu] * 8)
+    assert environment.device_name() == "NVIDIA H200"
+    assert environment.device_name(8) == "8 × NVIDIA H200"
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):

@@ -132,6 +132,23 @@ def test_what_is_exported_is_imported_bit_for_bit(name, suffix, tmp_path):
     assert_equal(params, run.variables["params"])
 
 
+def test_texts_of_an_exported_h5_are_bytes_as_keras_writes_them(tmp_path):
+    # Older versions decode them, which text of Unicode has no need of.
+    export_keras.export_file(loaded("convnet"), tmp_path / "model.h5")
+    with h5py.File(tmp_path / "model.h5") as file:
+        weights = file["model_weights"]
+        texts = [(group.attrs, "weight_names") for group in weights.values()]
+        texts += [(file.attrs, "model_config"), (weights.attrs, "layer_names")]
+        for attributes in (file.attrs, weights.attrs):
+            texts += [(attributes, "backend"), (attributes, "keras_version")]
+            # They mirror the kernels of any backend but their own.
+            assert attributes["backend"] == "tensorflow"
+        for attributes, name in texts:
+            dtype = attributes.get_id(name).dtype
+            # An empty list has none.
+            assert dtype.kind == "f" or h5py.check_string_dtype(dtype).encoding == "ascii"
+
+
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 def test_other_images_and_classes_come_back(suffix, tmp_path):
     run = loaded("convnet", (23, 40, 3), num_classes=7)
@@ -697,8 +714,11 @@ def test_damage_is_said(file, tmp_path):
     ("code", "message"),
     [
         ("import os; os.abort()", "the HDF5 library crashed on it"),
-        ("while True: pass", "reading it did not end in 1 s"),
+        ("while True: pass", "cannot be taken: reading it did not end in 1 s"),
         ("raise SystemExit('broken')", "(broken)"),
+        ("raise SystemExit(4)", "cannot be taken: it takes more memory than is free"),
+        ("import os; os.kill(os.getpid(), 9)", "it takes more memory than is free"),
+        ("import sys; print('huge', file=sys.stderr); sys.exit(3)", "cannot be taken: huge"),
     ],
 )
 def test_a_reader_that_fails_is_said(code, message, tmp_path, monkeypatch):
@@ -792,6 +812,7 @@ def archive(path, **members):
         ({"config.json": None}, "no item named 'config.json'"),
         ({"model.weights.h5": None}, "no item named 'model.weights.h5'"),
         ({"model.weights.h5": b"no HDF5"}, "is damaged"),
+        ({"model.weights.h5": bytes(2**25)}, "unpacks to 33,554,432 bytes"),
         ({"config.json": "{"}, "is damaged"),
         ({"config.json": "[" * 100_000}, "is damaged"),
         ({"config.json": '{"class_name": "Lambda", "config": {}}'}, "holds a Lambda"),
@@ -805,6 +826,15 @@ def test_a_hostile_archive_is_refused(members, message, tmp_path):
     assert path.stat().st_size < 2**20
     with pytest.raises(UserError, match=message):
         taken(path)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_is_too_large_is_not_called_damaged(file):
+    code = "from mnist_flax import hdf5_reader as r; r._MOST_BYTES = 10_000; r.main()"
+    command = [sys.executable, "-c", code, str(FOLDER / file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == hdf5_reader.TOO_LARGE
+    assert "10,000" in done.stderr
 
 
 def test_an_archive_that_understates_its_sizes_is_not_unpacked(tmp_path):

@@ -129,6 +129,21 @@ def test_names_that_the_system_refuses_are_said(tmp_path):
         rundir.check(tmp_path / "link", config_lib.default())
 
 
+def test_checkpoints_that_are_gone_are_said(tmp_path):
+    config = config_lib.default()
+    rundir.write_config(tmp_path, config)
+    row = {"step": 1, "seconds": 1.0}
+    for _ in range(2):
+        rundir.append_metrics(tmp_path, row)
+    # As where the first was never finished.
+    rundir.check(tmp_path, config)
+    rundir.append_metrics(tmp_path, row)
+    with pytest.raises(UserError, match="which has trained 3 epochs, are gone: put them back"):
+        rundir.check(tmp_path, config)
+    (tmp_path / "checkpoints/3").mkdir(parents=True)
+    rundir.check(tmp_path, config)
+
+
 def test_a_start_that_was_killed_can_be_repeated(tmp_path):
     (tmp_path / "config.json.tmp").write_text("{")
     (tmp_path / ".lock").touch()
@@ -236,11 +251,11 @@ def test_what_is_no_run_is_said(tmp_path):
 def test_metrics_go_on_where_a_resumed_run_does(tmp_path):
     rundir.start_metrics(tmp_path, 0)
     for step in (6, 12, 18):
-        rundir.append_metrics(tmp_path, {"step": step})
+        rundir.append_metrics(tmp_path, {"step": step, "seconds": 1.5})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2')
     rundir.start_metrics(tmp_path, 12)
-    assert rundir.read_metrics(tmp_path) == [{"step": 6}, {"step": 12}]
+    assert [row["step"] for row in rundir.read_metrics(tmp_path)] == [6, 12]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

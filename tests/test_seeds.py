@@ -12,6 +12,9 @@ from mnist_flax import (
     environment,
     epochs,
     evaluate,
+    export_keras,
+    import_keras,
+    keras_files,
     loaders,
     models,
     optim,
@@ -215,6 +218,17 @@ def test_one_seed_is_chosen(whole_run, capsys, monkeypatch):
     evaluate.main()
     accuracy = summary["seeds"][1]["test_accuracy"]
     assert f"Test accuracy: {accuracy:.2%}" in capsys.readouterr().out
+
+
+def test_one_seed_is_exported(whole_run, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "model.keras"
+    monkeypatch.setattr("sys.argv", ["export_keras", str(whole_run[0]), str(path), "--seed=8"])
+    export_keras.main()
+    assert "model.keras" in capsys.readouterr().out
+    content = keras_files.read(path)
+    params = import_keras.params_of(content, *import_keras.recognise(content, None)[1:])
+    expected = trained.load(whole_run[0], seed=8).variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 def test_a_finished_run_of_several_seeds_shows_them(whole_run, capsys):

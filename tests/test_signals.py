@@ -3,13 +3,19 @@ import signal
 from mnist_flax import signals
 
 
-def test_a_signal_is_noted_and_the_next_acts_as_before():
-    acted = []
+def test_a_signal_is_noted_and_the_next_acts_as_before(monkeypatch):
+    # One that comes at once is the same.
+    now, acted = [100.0], []
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     before = signal.signal(signal.SIGTERM, lambda *_: acted.append(True))
     try:
         with signals.noted() as received:
             signal.raise_signal(signal.SIGTERM)
-            assert (received, acted) == ([signal.SIGTERM], [])
+            for passed in (0.0, 0.5):
+                now[0] += passed
+                signal.raise_signal(signal.SIGTERM)
+                assert (received, acted) == ([signal.SIGTERM], [])
+            now[0] += 1
             signal.raise_signal(signal.SIGTERM)
             assert (received, acted) == ([signal.SIGTERM], [True])
     finally:

@@ -36,6 +36,7 @@ from mnist_flax import (
 from mnist_flax import config as config_lib
 from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
+from mnist_flax.position import Position
 from tests.helpers import quick_jit
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -226,6 +227,88 @@ def test_a_run_goes_on_in_pieces_of_another_length(tmp_path, monkeypatch):
     assert summary["test_loss"] == whole["test_loss"]
     both = [trained.load(tmp_path / name).variables for name in ("run", "whole")]
     jax.tree.map(np.testing.assert_array_equal, *both)
+
+
+def test_checkpoints_of_another_configuration_are_refused(whole_run, tmp_path):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    other = small_config(seed=5)
+    (tmp_path / "run/config.json").write_text(json.dumps(other.to_dict()))
+    with pytest.raises(UserError, match=r"another configuration \(seed is 0 there and 5 now\)"):
+        train.train_and_evaluate(other, tmp_path / "run")
+
+
+def test_a_resumed_run_counts_the_time_of_all_its_starts(tmp_path, monkeypatch):
+    def stop(row, config):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    record = Position.record
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "epoch", stop)
+        patch.setattr(
+            Position,
+            "record",
+            lambda self: record(self) | {"wall_seconds": 1000.0, "compile_seconds": 500.0},
+        )
+        with pytest.raises(signals.Stopped):
+            train.train_and_evaluate(small_config(), tmp_path / "run")
+    summary = train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert 1000 < summary["wall_seconds"] < 1500
+    assert 500 < summary["compile_seconds"] < 1000
+
+
+def test_the_speed_of_an_epoch_is_that_of_all_its_pieces_and_seeds():
+    each = steps.Metrics(np.float32([30, 10]), np.int32([8, 9]), np.int32([10, 10]))
+    position = Position(epoch=2).after(each, 1.5).after(each, 2.5)
+    config = small_config(num_seeds=2)
+    row = results.epoch_row(config, position, 7, {"loss": [1.0, 3.0], "accuracy": [0.5, 0.7]})
+    assert (row["epoch"], row["step"], row["seconds"]) == (3, 7, 4)
+    assert row["images_per_second"] == 40 / 4
+    assert (row["train_loss"], row["train_accuracy"]) == (2, pytest.approx(0.85))
+    assert (row["watch_loss"], row["watch_accuracy"]) == (2, 0.6)
+    score = {"loss": [0.1, 0.3], "accuracy": [0.9, 0.8], "count": 70}
+    found = results.summary(config, 20, 5, score, position.next_epoch(), [row, row], 2)
+    # Two epochs of 20 images by two seeds in 4 s each.
+    assert found["images_per_second"] == 10
+    again = position.next_epoch().after(each, 1.0)
+    assert (again.epoch, again.seconds, again.count.tolist()) == (3, 1, [10, 10])
+
+
+def test_what_is_shown_of_an_epoch_and_a_score(capsys):
+    row = {"epoch": 2, "train_loss": 0.5, "train_accuracy": 0.81, "watch_loss": 0.25}
+    row |= {"watch_accuracy": 0.93, "images_per_second": 1234.4, "seconds": 5.67}
+    report.epoch(row, small_config(epochs=10))
+    report.score({"loss": 0.125, "accuracy": 0.975, "count": 200})
+    assert capsys.readouterr().out == (
+        "epoch  2/10  loss 0.5000  accuracy 81.00%  |  train[90:150]: loss 0.2500  "
+        "accuracy 93.00%  |  1,234 images/s  5.7 s\n"
+        "Test loss: 0.1250\nTest accuracy: 97.50% (195 of 200 right)\nError: 2.50%\n"
+    )
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_waits(tmp_path, monkeypatch):
+    close = checkpoint.ocp.CheckpointManager.close
+
+    def stopped(self):
+        monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "close", close)
+        signal.raise_signal(signal.SIGTERM)
+        close(self)
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "close", stopped)
+    with pytest.raises(signals.Stopped):
+        train.train_and_evaluate(small_config(epochs=1), tmp_path / "run")
+    assert trained.load(tmp_path / "run").step == 6
+
+
+def test_a_watched_loss_that_is_not_finite_is_a_clear_error(tmp_path, monkeypatch):
+    averages = scoring.averages
+
+    def infinite(*sums):
+        return averages(*sums) | {"loss": float("inf")}
+
+    monkeypatch.setattr(scoring, "averages", infinite)
+    with pytest.raises(UserError, match="diverged in epoch 1: the watched loss became NaN or inf"):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
 
 
 def test_a_run_on_another_data_set_than_before_is_refused(whole_run, tmp_path, monkeypatch):
