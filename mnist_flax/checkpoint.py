@@ -77,9 +77,11 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
         yield manager
     finally:
         with _as_user_error(folder):
-            if not read_only:
-                _sync_latest(manager)
-            manager.close()
+            try:
+                if not read_only:
+                    _sync_latest(manager)
+            finally:
+                manager.close()
 
 
 def _leave_out_damaged_metrics(folder: Path) -> None:
