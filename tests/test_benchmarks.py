@@ -352,6 +352,8 @@ def test_limits_are_kept_network_by_network(monkeypatch, tmp_path):
     assert results["larger"]["images_per_second"] == {"64": [100, 100], "200": [100, 100]}
     assert results["convnet"]["images_per_second"] == {"64": [100, 100]}
     assert "profile" in results["larger"] and "profile" not in results["convnet"]
+    # On a GPU, without its graphs.
+    assert limits.run("gpu", {"network": "larger"})["step"] == 10
     text = (tmp_path / "limits_cpu_bfloat16.md").read_text()
     assert text == limits.table(results)
 

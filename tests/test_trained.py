@@ -54,8 +54,11 @@ def test_images_may_be_bytes_or_floats_with_or_without_channels(run, images):
 
 def test_any_number_of_images_can_be_predicted(run, images, monkeypatch):
     expected = run.predict(images)
+    predict, sizes = run._predict_batch, []
     monkeypatch.setattr(scoring, "batch_size", lambda image_shape: 3)
+    monkeypatch.setattr(run, "_predict_batch", lambda x: sizes.append(len(x)) or predict(x))
     np.testing.assert_allclose(run.predict(images), expected, atol=1e-6)
+    assert max(sizes) == 3 and sum(sizes) == len(images)
     assert run.predict(images[:0]).shape == (0, 10)
 
 
