@@ -258,6 +258,7 @@ def start_metrics(run_dir: Path, step: int) -> None:
         # Only a line that ends was written whole.
         whole = [line for line in lines if line.endswith("\n")]
         rows = [json.loads(line) for line in whole]
+        # The summary adds up the seconds, when all is trained.
         found = [(row["step"], row["seconds"]) for row in rows]
         kept = [line for line, (made, _) in zip(whole, found, strict=True) if made <= step]
     except (ValueError, KeyError, TypeError) as error:

@@ -46,26 +46,6 @@ def test_devices_together_train_and_score_as_one():
     assert score["loss"] == pytest.approx(alone_score["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("cores", "batch_size", "seeds", "shape"),
-    [
-        (2, 200, 1, (1, 2)),
-        (2, 8, 1, (1, 1)),
-        (2, 200, 10, (2, 1)),
-        (16, 200, 1, (1, 12)),
-        (16, 64, 7, (7, 2)),
-        (16, 64, 10, (5, 3)),
-        (16, 8, 10, (10, 1)),
-        (128, 200, 10, (10, 12)),
-        (3, 500, 10, (1, 3)),
-    ],
-)
-def test_seeds_and_batches_take_as_many_cores_as_they_can(cores, batch_size, seeds, shape):
-    config = config_lib.default()
-    config.batch_size, config.num_seeds = batch_size, seeds
-    assert parallel._shape(config, cores) == shape
-
-
 def test_a_containers_share_of_the_cores_is_said_to_xla(monkeypatch):
     # As a variable that is deleted and set by what is tested is deleted again afterwards.
     monkeypatch.setenv("NPROC", "")

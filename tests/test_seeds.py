@@ -153,14 +153,24 @@ def test_streamed_seeds_are_bit_for_bit_the_same(whole_run, tmp_path):
         (2, 4, 8, (2, 1)),
         (3, 2, 40, (1, 2)),
         (1, 3, 8, (1, 1)),
+        (1, 2, 200, (1, 2)),
+        (10, 2, 200, (2, 1)),
+        (10, 3, 500, (1, 3)),
+        (1, 16, 200, (1, 12)),
+        (7, 16, 64, (7, 2)),
+        (10, 16, 64, (5, 3)),
+        (10, 16, 8, (10, 1)),
+        (10, 128, 200, (10, 12)),
     ],
 )
-def test_devices_share_seeds_first_and_batches_then(
+def test_seeds_and_batches_take_as_many_devices_as_they_can(
     num_seeds, cores, batch_size, shape, monkeypatch
 ):
     monkeypatch.setattr(parallel.environment, "cores", lambda: cores)
     config = seeds_config(num_seeds=num_seeds, batch_size=batch_size, parallel=0)
-    assert parallel.mesh(config).devices.shape == shape
+    assert parallel._shape(config, cores) == shape
+    if cores <= len(jax.devices()):
+        assert parallel.mesh(config).devices.shape == shape
 
 
 @pytest.mark.parametrize(
