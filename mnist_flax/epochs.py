@@ -47,7 +47,7 @@ def compile_epoch(
     by_seed = (SEEDS,) if several else ()
     # Without an axis nothing is summed over devices. XLA would keep the sum over a single one, as a
     # copy with which it fuses nothing; that costs time only where there is one seed.
-    axis = BATCH if several or mesh.shape[BATCH] > 1 else ()
+    axis = BATCH if several or mesh.shape[BATCH] > 1 else None
     state = PartitionSpec(*by_seed)
     examples = PartitionSpec()
     if not loader.shared:

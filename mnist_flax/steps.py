@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mnist_flax import block_updates, optim
+from mnist_flax import block_updates, optim, share_keys
 from mnist_flax.state import TrainState, step_key
 
-# The name of the mesh or pmap axis over which each batch is split; () inside a mesh of one device,
-# whose dropout is that of the first of several devices; None outside any mesh.
-Axis = str | tuple[()] | None
+# The name of the mesh or pmap axis over which each batch is split; None where none is.
+Axis = str | None
 
 
 @flax.struct.dataclass
@@ -107,8 +106,10 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update by the gradient of the mean loss over the batch's examples.
 
-    Dropout uses `fold_in(state.key, state.step)`, folded again with the device's index on the axis.
-    A `nn.BatchNorm` must be given that axis too, and takes the padding of a short batch for images.
+    Dropout uses `fold_in(state.key, state.step)`. Of it each device on the axis draws what its
+    examples, if the batch was split evenly and in order, have in the whole batch, so that the
+    result is one device's. A `nn.BatchNorm` must be given that axis too, and takes the padding of a
+    short batch for images.
 
     Args:
         state: parameters, optimiser and key before the step.
@@ -132,7 +133,7 @@ def _step(state, batch, count, *, model, update, axis_name):
     """`train_step` with the whole batch's count given, and metrics of each example."""
     key = step_key(state)
     if axis_name is not None:
-        key = jax.random.fold_in(key, lax.axis_index(axis_name))
+        key = share_keys.of_share(key, lax.axis_index(axis_name))
 
     def loss_of(params):
         logits, updated = model.apply(

@@ -19,7 +19,7 @@ LABELS = np.random.default_rng(1).integers(0, 10, 90, np.int32)
 
 def test_devices_together_train_and_score_as_one():
     config = config_lib.default()
-    config.model, config.batch_size = "convnet", 40
+    config.model, config.batch_size = "baseline", 40
 
     def run(count):
         config.parallel = count

@@ -55,12 +55,13 @@ def whole_run(tmp_path_factory, prepared, compiled_once):
     return run_dir, summary
 
 
-def test_each_seed_is_a_run_of_its_own(whole_run, tmp_path):
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_each_seed_is_a_run_of_its_own_on_any_devices(devices, whole_run, tmp_path):
     run_dir, summary = whole_run
     rows = rundir.read_metrics(run_dir)
     assert [[each["seed"] for each in row["seeds"]] for row in rows] == [[7, 8], [7, 8]]
     # The second, whose every key, order and place is another than the first's.
-    single = train.train_and_evaluate(seeds_config(seed=8, num_seeds=1, parallel=2), tmp_path)
+    single = train.train_and_evaluate(seeds_config(seed=8, num_seeds=1, parallel=devices), tmp_path)
     for row, expected in zip(rows, rundir.read_metrics(tmp_path), strict=True):
         for key in ("train_loss", "watch_loss"):
             assert row["seeds"][1][key] == pytest.approx(expected[key], rel=1e-5)

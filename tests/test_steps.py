@@ -112,7 +112,7 @@ def test_the_gradient_is_that_of_the_mean_loss():
     np.testing.assert_array_equal(after.key, start.key)
 
 
-def test_dropout_changes_with_the_step_and_the_device_and_with_nothing_else():
+def test_dropout_changes_with_the_step_and_with_nothing_else():
     model = Dropping()
     start, train_step = setting(model, (1, 1, 1))
     batch = random_batch(4, (1, 1, 1), 2)
@@ -121,22 +121,10 @@ def test_dropout_changes_with_the_step_and_the_device_and_with_nothing_else():
     assert again[0] == again[1]
     later = train_step(start.replace(step=start.step + 1), batch)[1]
     assert float(later.loss_sum) != again[0]
-
-    # Two devices that have the same examples draw each their own masks.
-    tx = optim.create("adam", optax.constant_schedule(1e-3))
-    parallel = partial(steps.train_step, model=model, tx=tx, axis_name="devices")
-    twice = jax.tree.map(lambda a: jnp.stack([a, a]), (start, batch))
-    both = jax.pmap(parallel, axis_name="devices")(*twice)[1]
-
-    def loss_on(device):
-        key = jax.random.fold_in(jax.random.wrap_key_data(start.key), start.step)
-        rngs = {"dropout": jax.random.fold_in(key, device)}
-        logits = model.apply({"params": start.params}, batch.images, train=True, rngs=rngs)
-        return float(steps.measure(logits, batch).loss_sum)
-
-    first, second = loss_on(0), loss_on(1)
-    assert first != pytest.approx(second, rel=1e-3)
-    assert float(both.loss_sum[0]) == pytest.approx(first + second, rel=1e-5)
+    key = jax.random.fold_in(jax.random.wrap_key_data(start.key), start.step)
+    rngs = {"dropout": key}
+    logits = model.apply({"params": start.params}, batch.images, train=True, rngs=rngs)
+    assert float(steps.measure(logits, batch).loss_sum) == pytest.approx(again[0], rel=1e-6)
 
 
 def parallel_step(train_step, how):
@@ -178,7 +166,8 @@ def parallel_step(train_step, how):
 
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "unchecked shard_map", "explicit axes"])
 def test_several_devices_give_the_single_devices_result(how):
-    model = models.create("convnet")
+    # With dropout.
+    model = models.create("larger")
     # By plain descent, as Adam and RMSprop hide a gradient that is twice too large.
     sgd = optax.sgd(0.1)
     start = random_state(model, sgd)

@@ -354,7 +354,7 @@ def test_a_resumed_run_with_other_devices_a_batch_says_so(whole_run, tmp_path, m
     shutil.copytree(whole_run[0], tmp_path / "run")
     (tmp_path / "run/summary.json").unlink()
     monkeypatch.setattr(parallel, "mesh", lambda config: parallel.single_mesh())
-    with pytest.warns(UserWarning, match="devices a batch: 2 before, 1 now"):
+    with pytest.warns(UserWarning, match="devices a batch: 2 before, 1 now; sums are rounded"):
         train.train_and_evaluate(small_config(), tmp_path / "run")
 
 
