@@ -278,8 +278,8 @@ def _check_devices(before: int | None, now: int) -> None:
     """Warns where a resumed run has not as many devices a batch as it had."""
     if before not in (None, now):
         warnings.warn(
-            f"devices a batch: {before} before, {now} now; sums are rounded in another order, and the "
-            "result is not bit for bit that of a run that was never stopped",
+            f"devices a batch: {before} before, {now} now; sums are rounded in another order, so "
+            "that the result is not bit for bit that of a run that was never stopped",
             stacklevel=2,
         )
 
