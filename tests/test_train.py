@@ -342,6 +342,23 @@ def test_a_run_that_is_under_way_is_not_begun_again(whole_run, tmp_path):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_loop_of_single_steps_on_one_device_is_a_run(whole_run, prepared, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    config = small_config()
+    model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
+    images, labels = map(jnp.asarray, datasets.load("digits", "train[:90]")[:2])
+    state = state_lib.create(0, model, tx, images.shape[1:])
+    step = quick_jit(partial(steps.train_step, model=model, tx=tx))
+    for epoch, expected in enumerate(rundir.read_metrics(whole_run[0])):
+        metrics = []
+        for row in batches.train_batches(0, epoch, 90, 16):
+            state, of_step = step(state, steps.gather(images, labels, row))
+            metrics.append(of_step)
+        total = sum(metrics[1:], metrics[0])
+        loss = float(total.loss_sum) / int(total.count)
+        assert loss == pytest.approx(expected["train_loss"], rel=1e-5)
+
+
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
