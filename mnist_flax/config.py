@@ -40,7 +40,7 @@ def default() -> ConfigDict:
             # Determines initial weights, order of examples and dropout.
             "seed": 0,
             # Networks trained at once, with the seeds `seed`, `seed` + 1, ...: each as a run of
-            # its own with as many devices a batch. One that diverges stops all.
+            # its own. One that diverges stops all.
             "num_seeds": 1,
             # dtype of the forward and backward computation; parameters stay float32. JAX
             # multiplies float32 in TF32 on newer GPUs, and in bfloat16 on TPU, unless

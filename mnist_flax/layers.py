@@ -73,8 +73,7 @@ class MaxPool(nn.Module):
 class Dropout(nn.Module):
     """`flax.linen.Dropout` from 16 random bits an element: half the time of 32.
 
-    What is dropped of an example depends on the key and its place in the batch: with a key of
-    `share_keys.of_share` on the place in the whole batch, of which this device has a share.
+    What is dropped of an example depends on the key and the example's place in the batch.
 
     Attributes:
         rate: the probability that an element becomes zero, rounded to a multiple of 1/65,536; the

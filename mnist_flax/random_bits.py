@@ -23,8 +23,9 @@ def at_least(key: jax.Array, threshold: int, shape: tuple[int, ...]) -> jax.Arra
 
     `shape` is that of examples, [B, ...]. Two of them, the first of an even place, share a row of
     `jax.random.bits(key, (ceil(B / 2), ...))`, as JAX makes it by default
-    (`jax_threefry_partitionable`): it has the lower halves of the row's words, and the next one
-    the upper halves. `threshold` is below 2**16.
+    (`jax_threefry_partitionable`): the first has the lower halves of the row's words, the other the
+    upper ones. With a key of `share_keys.of_share` the places are those in the whole batch.
+    `threshold` is below 2**16, and the words of the whole batch are fewer than 2**32.
     """
     examples, elements = (math.prod(part) for part in (shape[:1], shape[1:]))
     # An odd number may begin with the second of a row, or end with the first.

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import random as extend
 
-_THREEFRY = "threefry2x32"
+THREEFRY = "threefry2x32"
 
 
 def of_share(key: jax.Array, share: jax.Array | int) -> jax.Array:
     """A key for one of several devices that share a batch, by which they draw as one would.
 
-    Of whatever shape a device draws, as its own examples' part of what `key` gives all, it is given
-    that part: share 1 of three draws of [4, 5] has rows 4 to 7 of `key`'s [12, 5]. Keys folded or
-    split from it are of the same share.
+    What a device draws for its own examples, an array whose first axis they are, is its part of
+    what `key` gives for all: share 1 of three has of [4, 5] rows 4 to 7 of `key`'s [12, 5]. What is
+    drawn without such an axis differs from device to device. Keys folded or split from a share's
+    are of the same share.
 
     Args:
         key: of `jax.random.key(seed, impl="threefry2x32")`.
@@ -33,8 +34,8 @@ def of_share(key: jax.Array, share: jax.Array | int) -> jax.Array:
     Raises:
         ValueError: the key is of another generator.
     """
-    if (impl := jax.random.key_impl(key)) != _THREEFRY:
-        raise ValueError(f"a key of {_THREEFRY} can be shared, and this is one of {impl}")
+    if (impl := jax.random.key_impl(key)) != THREEFRY:
+        raise ValueError(f"a key of {THREEFRY} can be shared, and this is one of {impl}")
     data = jax.random.key_data(key)
     share = lax.convert_element_type(share, data.dtype).reshape(1)
     return jax.random.wrap_key_data(jnp.concatenate([data, share]), impl=_OF_SHARE)
@@ -43,7 +44,7 @@ def of_share(key: jax.Array, share: jax.Array | int) -> jax.Array:
 def threefry(key: jax.Array) -> tuple[jax.Array, jax.Array] | None:
     """The Threefry key's data, uint32 [2], and its share, uint32; None of another generator."""
     impl = jax.random.key_impl(key)
-    if impl not in (_THREEFRY, _OF_SHARE):
+    if impl not in (THREEFRY, _OF_SHARE):
         return None
     data = jax.random.key_data(key)
     return data[:2], data[2] if impl == _OF_SHARE else jnp.uint32(0)
@@ -51,7 +52,7 @@ def threefry(key: jax.Array) -> tuple[jax.Array, jax.Array] | None:
 
 def _own(key):
     """The key of all devices, of a share's."""
-    return jax.random.wrap_key_data(key[:2], impl=_THREEFRY)
+    return jax.random.wrap_key_data(key[:2], impl=THREEFRY)
 
 
 def _with_share(key, changed):
@@ -81,7 +82,7 @@ def _random_bits(key, width, shape):
 
 
 def _seed(seed):
-    data = jax.random.key_data(jax.random.key(seed, impl=_THREEFRY))
+    data = jax.random.key_data(jax.random.key(seed, impl=THREEFRY))
     return jnp.append(data, jnp.uint32(0))
 
 

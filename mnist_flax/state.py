@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mnist_flax import share_keys
+
 # Named, as with some others that may be set as JAX's default `jax.vmap` gives every seed numbers of
-# the first one's key.
-_PRNG = "threefry2x32"
+# the first one's key, and a device cannot draw its part of them alone.
+_PRNG = share_keys.THREEFRY
 
 
 @flax.struct.dataclass

@@ -106,10 +106,10 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update by the gradient of the mean loss over the batch's examples.
 
-    Dropout uses `fold_in(state.key, state.step)`. Of it each device on the axis draws what its
-    examples, if the batch was split evenly and in order, have in the whole batch, so that the
-    result is one device's. A `nn.BatchNorm` must be given that axis too, and takes the padding of a
-    short batch for images.
+    Dropout uses `fold_in(state.key, state.step)`, of which each device on the axis has a share
+    (`share_keys.of_share`): of a batch split evenly, in order, the result is that of one device but
+    for rounding. A `nn.BatchNorm` must be given that axis too, and takes the padding of a short
+    batch for images.
 
     Args:
         state: parameters, optimiser and key before the step.

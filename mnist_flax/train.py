@@ -2,7 +2,6 @@
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -125,7 +124,6 @@ def _train_and_score(
         "num_classes": data.num_classes,
         "config": config.to_dict(),
         "versions": environment.versions(),
-        "devices_a_batch": mesh.shape[parallel.BATCH],
     }
     # Signals outside, so that one that arrives while the last checkpoint is written waits.
     with (
@@ -214,7 +212,6 @@ def _restore(
     position = Position(**record["position"])
     checkpoint.put_aside(manager, state_lib.num_updates(state))
     report.resuming(state_lib.num_updates(state), position.epoch, config.epochs)
-    _check_devices(record.get("devices_a_batch"), constants["devices_a_batch"])
     return state, position
 
 
@@ -272,16 +269,6 @@ def _check_data(config: ConfigDict, record: dict[str, Any], constants: dict[str,
                 f"{config.data.name} is not the data set that this run was trained on: {kind} was "
                 f"{before} and is {now}; prepare that one, or train in a new run folder"
             )
-
-
-def _check_devices(before: int | None, now: int) -> None:
-    """Warns where a resumed run has not as many devices a batch as it had."""
-    if before not in (None, now):
-        warnings.warn(
-            f"devices a batch: {before} before, {now} now; sums are rounded in another order, so "
-            "that the result is not bit for bit that of a run that was never stopped",
-            stacklevel=2,
-        )
 
 
 def _check_finite(

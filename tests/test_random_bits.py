@@ -2,7 +2,11 @@ import jax
 import numpy as np
 import pytest
 
-from mnist_flax import random_bits
+from mnist_flax import random_bits, share_keys
+
+
+def chooses(platform):
+    return lambda *args, **branches: branches[platform](*args)
 
 
 def expected(key, threshold, shape):
@@ -15,13 +19,20 @@ def expected(key, threshold, shape):
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("platform", ["cpu", "default"])
 def test_numbers_are_the_halves_of_jax_randoms_words(monkeypatch, platform, impl, shape):
-    def choose(*args, **branches):
-        return branches[platform](*args)
-
-    monkeypatch.setattr(random_bits.lax, "platform_dependent", choose)
+    monkeypatch.setattr(random_bits.lax, "platform_dependent", chooses(platform))
     key = jax.random.fold_in(jax.random.key(7, impl=impl), 2**31 + 5)
     ours = jax.jit(random_bits.at_least, static_argnums=(1, 2))(key, 2**14, shape)
     np.testing.assert_array_equal(ours, expected(key, 2**14, shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 2**14 + 1), (4, 2**14 + 1)])
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_a_share_is_a_part_of_the_whole(monkeypatch, platform, shape):
+    monkeypatch.setattr(random_bits.lax, "platform_dependent", chooses(platform))
+    key = jax.random.key(7, impl="threefry2x32")
+    ours = random_bits.at_least(share_keys.of_share(key, 1), 2**14, shape)
+    whole = expected(key, 2**14, (2 * shape[0], *shape[1:]))
+    np.testing.assert_array_equal(ours, whole[shape[0] :])
 
 
 def test_keys_of_the_old_kind():

@@ -127,6 +127,15 @@ def test_dropout_changes_with_the_step_and_with_nothing_else():
     assert float(steps.measure(logits, batch).loss_sum) == pytest.approx(again[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("how", ["pmap", "shard_map", "unchecked shard_map"])
+def test_flaxs_dropout_drops_on_several_devices_what_it_does_on_one(how):
+    start, train_step = setting(Dropping(), (1, 1, 1))
+    batch = random_batch(12, (1, 1, 1), 2)
+    expected = quick_jit(train_step)(start, batch)[1].loss_sum
+    found = parallel_step(train_step, how)(start, batch)[1].loss_sum
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
 def parallel_step(train_step, how):
     """`train_step` over four devices: from a state and a batch to the state and metrics."""
     whole_step, train_step = train_step, partial(train_step, axis_name="devices")

@@ -367,14 +367,6 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resumed_run_with_other_devices_a_batch_says_so(whole_run, tmp_path, monkeypatch):
-    shutil.copytree(whole_run[0], tmp_path / "run")
-    (tmp_path / "run/summary.json").unlink()
-    monkeypatch.setattr(parallel, "mesh", lambda config: parallel.single_mesh())
-    with pytest.warns(UserWarning, match="devices a batch: 2 before, 1 now; sums are rounded"):
-        train.train_and_evaluate(small_config(), tmp_path / "run")
-
-
 class Killed(BaseException):
     pass
 
