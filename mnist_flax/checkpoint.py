@@ -166,6 +166,8 @@ def _sync_latest(manager: ocp.CheckpointManager) -> None:
     manager.wait_until_finished()
     if (step := manager.latest_step()) is not None:
         files.sync(Path(manager.directory) / str(step))
+        # Where Orbax gave it its name.
+        files.sync_one(Path(manager.directory))
 
 
 def put_aside(manager: ocp.CheckpointManager, step: int) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 import jax
@@ -17,9 +18,9 @@ from mnist_flax.errors import UserError
 def run(main: Callable[[], None]) -> None:
     """Runs a program; a `UserError` becomes one sentence on stderr and exit code 2.
 
-    So does a device that runs out of memory. Ctrl-C and SIGTERM where nothing can be saved yet end
-    it without a traceback and with nothing half-written, with 128 + the signal's number, as does
-    a reader of the output that has closed it.
+    So does what the device or the system refuses, such as memory, or output to a full disk. Ctrl-C
+    and SIGTERM where nothing can be saved yet end it without a traceback and with nothing
+    half-written, with 128 + the signal's number, as does a reader of the output that has closed it.
     """
     environment.keep_compiled()
     # None where the caller has closed it.
@@ -44,12 +45,22 @@ def run(main: Callable[[], None]) -> None:
         )
         sys.exit(2)
     except BrokenPipeError:
-        # Python would fail once more where it flushes the output at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(128 + signal.SIGPIPE)
+    except (OSError, MemoryError) as error:
+        print(f"error: {str(error) or 'too little memory'}", file=sys.stderr)
+        _drop_output()
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
+
+
+def _drop_output() -> None:
+    """Python would fail once more where it flushes the output at its end."""
+    # Where the caller has closed it, it is no file.
+    with suppress(io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

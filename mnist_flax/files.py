@@ -21,6 +21,7 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_one(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -32,11 +33,16 @@ def sync(folder: Path) -> None:
         OSError: it cannot be written.
     """
     for path in (folder, *folder.rglob("*")):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_one(path)
+
+
+def sync_one(path: Path) -> None:
+    """`sync` of a file, or of the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -281,6 +281,8 @@ def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
     """
     with _as_user_error(run_dir), (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _replace(path: Path, text: str) -> None:

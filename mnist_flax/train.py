@@ -83,7 +83,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     model = parts.create_model(config, data.num_classes)
     tx = parts.create_optimizer(config, data.train.size)
     abstract = parts.abstract_state(config, model, tx, data.train.image_shape, mesh)
-    checkpoint.check_room(rundir.nearest(run_dir), abstract)
+    checkpoint.check_room(rundir.nearest(rundir.checkpoints(run_dir)), abstract)
     with rundir.held(run_dir, config):
         # Another process may have finished it meanwhile.
         return _finished(run_dir) or _train_and_score(

@@ -213,12 +213,14 @@ def test_damaged_later_checkpoints_do_not_count_as_the_latest(tmp_path, start):
 def test_a_checkpoint_is_on_the_disk_before_the_next_is_saved(tmp_path, start, monkeypatch):
     synced = []
     monkeypatch.setattr(files, "sync", lambda folder: synced.append(int(folder.name)))
+    named = []
+    monkeypatch.setattr(files, "sync_one", named.append)
     with checkpoint.open_manager(tmp_path / "c") as manager:
         checkpoint.save(manager, at(start, 1), {})
         assert not synced
         checkpoint.save(manager, at(start, 2), {})
-        assert synced == [1]
-    assert synced == [1, 2]
+        assert (synced, named) == ([1], [tmp_path / "c"])
+    assert (synced, named) == ([1, 2], [tmp_path / "c"] * 2)
 
 
 def test_all_of_a_folder_is_synced(tmp_path, monkeypatch):

@@ -76,6 +76,19 @@ def test_an_output_that_is_closed_is_done_without(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_an_output_that_takes_nothing_more_is_one_sentence():
+    code = "from mnist_flax import cli; cli.run(lambda: print(1))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr == b"error: [Errno 28] No space left on device\n"
+
+
+def test_too_little_memory_of_the_host_is_one_sentence(exit_code, capsys):
+    assert exit_code(lambda: bytes(2**62)) == 2
+    assert capsys.readouterr().err == "error: too little memory\n"
+
+
 def test_a_reader_that_closes_the_output_ends_it_quietly():
     reader, writer = os.pipe()
     os.close(reader)

@@ -276,3 +276,13 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     with pytest.raises(TypeError):
         rundir.write_json(tmp_path / "a.json", {"a": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_what_is_written_outlasts_a_power_cut(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    rundir.append_metrics(tmp_path, {"epoch": 1})
+    assert synced == [str(tmp_path / "metrics.jsonl")]
+    rundir.write_json(tmp_path / "summary.json", {})
+    # The file under its first name, then the folder in which it got the other.
+    assert Path(synced[1]).name.startswith(".summary.json.") and synced[2] == str(tmp_path)

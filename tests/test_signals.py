@@ -1,9 +1,10 @@
+import os
 import signal
 
 from mnist_flax import signals
 
 
-def test_a_signal_is_noted_and_the_next_acts_as_before(monkeypatch):
+def test_a_signal_is_noted_and_the_next_acts_as_before(monkeypatch, capfd):
     # One that comes at once is the same.
     now, acted = [100.0], []
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
@@ -18,6 +19,8 @@ def test_a_signal_is_noted_and_the_next_acts_as_before(monkeypatch):
             now[0] += 1
             signal.raise_signal(signal.SIGTERM)
             assert (received, acted) == ([signal.SIGTERM], [True])
+        said = "SIGTERM: saving when the steps under way are made; another signal stops at once"
+        assert capfd.readouterr().err == f"{said}\n"
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -41,3 +44,25 @@ def test_a_signal_that_is_ignored_stays_so():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_written_to_a_terminal_that_is_gone_is_lost():
+    """Where it is still there, it is written."""
+    master, terminal = os.openpty()
+    files = [os.dup(descriptor) for descriptor in (1, 2)]
+    try:
+        for descriptor in (1, 2):
+            os.dup2(terminal, descriptor)
+        with signals.noted():
+            signal.raise_signal(signal.SIGHUP)
+            assert os.write(1, b"seen") == 4
+            assert b"seen" in os.read(master, 1000)
+        with signals.noted():
+            os.close(master)
+            signal.raise_signal(signal.SIGHUP)
+            assert os.write(1, b"lost") == os.write(2, b"lost") == 4
+    finally:
+        for descriptor, file in zip((1, 2), files, strict=True):
+            os.dup2(file, descriptor)
+            os.close(file)
+        os.close(terminal)
