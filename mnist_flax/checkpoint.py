@@ -130,7 +130,7 @@ def check_room(folder: os.PathLike, state: TrainState) -> None:
     if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(
             f"a checkpoint takes {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free on "
-            "the disk of the run folder: make room there and start again"
+            f"the disk of {folder}: make room there and start again"
         )
 
 

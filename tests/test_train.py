@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -711,6 +712,20 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a checkpoint takes 7\.8 MiB, and 1\.0 MiB are free"):
         train.train_and_evaluate(small_config(), tmp_path / "new/run")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_disk_that_must_have_room_is_that_of_the_checkpoints(tmp_path, monkeypatch):
+    for folder in ("run", "disk"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
+
+    def usage(path):
+        return SimpleNamespace(free=2**20 if Path(path).samefile(tmp_path / "disk") else 2**40)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(UserError, match=r"1\.0 MiB are free"):
+        train.train_and_evaluate(small_config(), tmp_path / "run")
+    assert not list((tmp_path / "disk").iterdir())
 
 
 def piece_length(config, num_examples, most):
