@@ -18,15 +18,16 @@ from mnist_flax.errors import UserError
 def run(main: Callable[[], None]) -> None:
     """Runs a program; a `UserError` becomes one sentence on stderr and exit code 2.
 
-    So does what the device or the system refuses, such as memory, or output to a full disk. Ctrl-C
-    and SIGTERM where nothing can be saved yet end it without a traceback and with nothing
+    So does what the device or the system refuses, such as memory, or output to a full disk. Ctrl-C,
+    SIGTERM and SIGHUP where nothing can be saved yet end it without a traceback and with nothing
     half-written, with 128 + the signal's number, as does a reader of the output that has closed it.
     """
     environment.keep_compiled()
     # None where the caller has closed it.
     sys.stdout = sys.stdout or io.StringIO()
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) == signal.SIG_DFL:
+            signal.signal(ending, lambda signum, frame: sys.exit(128 + signum))
     try:
         main()
         # Here, where a fault can be told.

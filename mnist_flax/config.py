@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -125,8 +126,13 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"{key}={given[key]} must be 0 or more")
     if (last := given["seed"] + given["num_seeds"] - 1) >= 2**32:
         raise UserError(f"the seed {last} must be below 2**32 = {2**32}")
-    if not (0 < given["learning_rate"] < math.inf):
-        raise UserError(f"learning_rate={given['learning_rate']} must be a number above 0")
+    # As float32, in which a number may be 0 or infinite that is not.
+    with np.errstate(over="ignore"):
+        rate = np.float32(given["learning_rate"])
+    if not (0 < rate < math.inf):
+        raise UserError(
+            f"learning_rate={given['learning_rate']} must be a number above 0 in float32"
+        )
     for key, choices in (
         ("model", models.names()),
         ("optimizer", optim.OPTIMIZERS),

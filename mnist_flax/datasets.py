@@ -126,8 +126,8 @@ def open_slice(name: str, split: str, manual_dir: str = "") -> "decoding.Example
 def image_bytes(name: str, split: str, manual_dir: str = "") -> tuple[int, int]:
     """Bytes of the images that `load` gives for a slice, and of those that it reads.
 
-    It reads whole splits, of which it gives a slice. Both are 0 where a data set does not declare
-    the size of its images.
+    It reads whole splits, of which it gives a slice. Where a data set does not declare the size of
+    its images they are taken to be of the first one's.
 
     Raises:
         UserError: as `load`.
@@ -136,7 +136,9 @@ def image_bytes(name: str, split: str, manual_dir: str = "") -> tuple[int, int]:
 
     builder = _prepared(name, split, manual_dir)
     shape = builder.info.features[builders.feature_keys(builder)[0]].shape
-    each = 0 if None in shape else math.prod(shape)
+    if None in shape:
+        shape = open_slice(name, split, manual_dir).image_shape
+    each = math.prod(shape)
     parts = builders.resolve(builder, split)
     given = sum(stop - start for _, start, stop in parts)
     read = sum(builder.info.splits[part].num_examples for part in {part for part, *_ in parts})

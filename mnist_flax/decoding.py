@@ -25,11 +25,13 @@ class Examples:
         image_shape: (H, W, C) of the first; another in a later one is an error then.
     """
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, sources: list[Sequence]):
-        self._builder, self._sources = builder, sources
-        self._keys = builders.feature_keys(builder)
-        self._starts = np.cumsum([0, *map(len, sources)])
-        ((image, _),) = self._decoded(0, [0])
+    def __init__(self, builder: tfds.core.DatasetBuilder, parts: list[tuple[Sequence, int, int]]):
+        """Of each data source what lies between start and stop, one part after the other."""
+        self._builder, self._keys = builder, builders.feature_keys(builder)
+        self._sources = [source for source, _, _ in parts]
+        self._firsts = [start for _, start, _ in parts]
+        self._starts = np.cumsum([0, *(stop - start for _, start, stop in parts)])
+        ((image, _),) = self._decoded(0, self._firsts[:1])
         self.image_shape = image.shape
 
     def __len__(self) -> int:
@@ -50,7 +52,7 @@ class Examples:
         for source in np.unique(source_of):
             places = np.flatnonzero(source_of == source)
             for some in np.split(places, range(_AT_ONCE, len(places), _AT_ONCE)):
-                within = indices[some] - self._starts[source]
+                within = indices[some] - self._starts[source] + self._firsts[source]
                 decoded = self._decoded(source, within.tolist())
                 for place, (image, label) in zip(some, decoded, strict=True):
                     if image.shape != self.image_shape:
@@ -95,13 +97,17 @@ def examples(builder: tfds.core.DatasetBuilder, selected: list[tuple[str, int, i
         UserError: its files are damaged or need a package that is not installed.
     """
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    source = _TFRecords if formats == {"tfrecord"} else _data_source
+    # Whole splits, as TFDS takes all of a shard of Parquet for a slice of it.
+    open_split = _TFRecords if formats == {"tfrecord"} else tfds.core.DatasetBuilder.as_data_source
     try:
         with builders.quiet():
-            sources = [source(builder, *part) for part in selected]
+            sources = {split: open_split(builder, split) for split, _, _ in selected}
+        for split, source in sources.items():
+            if len(source) != (expected := builder.info.splits[split].num_examples):
+                raise ValueError(f"{len(source)} examples found where {expected} are expected")
     except Exception as error:
         raise _unreadable(builder, error) from error
-    return Examples(builder, sources)
+    return Examples(builder, [(sources[split], start, stop) for split, start, stop in selected])
 
 
 def _unreadable(builder: tfds.core.DatasetBuilder, error: Exception) -> UserError:
@@ -111,31 +117,23 @@ def _unreadable(builder: tfds.core.DatasetBuilder, error: Exception) -> UserErro
     return UserError(f"{builder.name} cannot be read ({builders.short(error)}): {remedy}")
 
 
-def _data_source(
-    builder: tfds.core.DatasetBuilder, split: str, start: int, stop: int
-) -> Sequence[dict[str, Any]]:
-    return builder.as_data_source(f"{split}[{start}:{stop}]")
-
-
 class _TFRecords:
     """A data source of TFRecord, the format of a plain `tfds.load`, as TFDS's needs TensorFlow.
 
-    A slice counts through the shards one after the other, while iterating over a tf.data pipeline
-    interleaves them.
+    It counts through the shards one after the other, as a slice does, while iterating over a
+    tf.data pipeline interleaves them.
     """
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, start: int, stop: int):
-        info = builder.info.splits[split]
-        self._features, self._paths = builder.info.features, info.filepaths
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        self._features = builder.info.features
+        self._paths = builder.info.splits[split].filepaths
         places = [
             (shard, *record)
             for shard, path in enumerate(self._paths)
             for record in _records(Path(path))
         ]
-        if len(places) != info.num_examples:
-            raise ValueError(f"{len(places)} examples found where {info.num_examples} are expected")
         # Of each example its shard, and where it begins there and its length in bytes.
-        self._places = np.array(places[start:stop], np.int64)
+        self._places = np.array(places, np.int64)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -122,8 +122,9 @@ def free_memory() -> tuple[int, int | None]:
             kinds = ("max", "current", "stat")
             limit, used, stat = ((group / f"memory.{kind}").read_text() for kind in kinds)
             # The system gives up what it keeps of files.
-            kept = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
-            host = min(host, int(limit) - int(used) + int(kept))
+            by_kind = dict(line.split() for line in stat.splitlines())
+            kept = sum(int(by_kind.get(kind, 0)) for kind in ("inactive_file", "active_file"))
+            host = min(host, int(limit) - int(used) + kept)
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return host, None

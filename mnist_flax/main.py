@@ -91,6 +91,8 @@ def parse() -> tuple[ConfigDict, str | None]:
             f"the recipe file gives {recipe.value!r} instead of a ConfigDict: have its get_config "
             "return what mnist_flax.config.recipe gives"
         )
+    if workdir.value == "":
+        raise UserError("--workdir is empty: name a folder, or leave the flag out")
     # A shell expands it at the start of a word only.
     return recipe.value, workdir.value and os.path.expanduser(workdir.value)
 

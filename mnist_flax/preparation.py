@@ -32,7 +32,9 @@ def prepare(
     try:
         occupied = target.exists() and any(target.iterdir())
         if builders.is_prepared(builder):  # by another process, since `builder` was made
-            return builders.create(name, root)
+            made = builders.create(name, root)
+            if made.info.splits:
+                return made
     except OSError as error:
         raise UserError(
             f"{target} cannot be read ({builders.short(error)}): set TFDS_DATA_DIR to a folder "

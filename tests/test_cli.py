@@ -17,7 +17,7 @@ from mnist_flax import cli, environment, evaluate, import_keras, summary
 def exit_code(monkeypatch):
     """A function that runs a program as `cli.run` does and gives its exit code."""
     monkeypatch.setattr(environment, "keep_compiled", lambda: None)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
 
     def run(main):
         with pytest.raises(SystemExit) as stop:
@@ -25,7 +25,8 @@ def exit_code(monkeypatch):
         return stop.value.code
 
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def test_too_little_memory_is_one_sentence(exit_code, capsys):
@@ -52,13 +53,14 @@ def test_a_wrong_flag_is_one_sentence(program, flags, message, exit_code, capsys
     assert capsys.readouterr().err == f"error: {message}; see python -m {name} --help\n"
 
 
-def test_sigterm_leaves_nothing_half_written(exit_code, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(exit_code, tmp_path, signum):
     def main():
         with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
             Path(folder, "half").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
 
-    assert exit_code(main) == 128 + signal.SIGTERM
+    assert exit_code(main) == 128 + signum
     assert not list(tmp_path.iterdir())
 
 

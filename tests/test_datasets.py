@@ -442,6 +442,10 @@ def test_colour_images_of_two_classes_are_trained_on_outside_the_main_thread(fre
 
 
 def test_a_folder_without_a_data_set_is_named(fresh):
+    (fresh / "mnist/3.0.1").mkdir(parents=True)
+    (fresh / "mnist/3.0.1/dataset_info.json").write_text('{"name": "mnist", "version": "3.0.1"}')
+    with pytest.raises(UserError, match="3.0.1 is not a prepared data set: delete"):
+        datasets.load("mnist", "train")
     (fresh / "digits/1.0.0").mkdir(parents=True)
     (fresh / "digits/1.0.0/digits-train.array_record-00000-of-00001").touch()
     with pytest.raises(UserError, match="1.0.0 is not a prepared data set: delete"):

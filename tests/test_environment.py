@@ -104,7 +104,7 @@ def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("900000\n")
     # Files that were read count as used.
-    (tmp_path / "memory.stat").write_text("anon 200000\ninactive_file 600000\n")
+    (tmp_path / "memory.stat").write_text("anon 200000\ninactive_file 500000\nactive_file 100000\n")
     assert environment.free_memory()[0] == 700_000
     (tmp_path / "memory.max").write_text("max\n")
     assert environment.free_memory()[0] > 0.5 * without

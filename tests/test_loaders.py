@@ -123,10 +123,34 @@ class Source(list):
         return [self[index] for index in indices]
 
 
+def test_a_slice_is_cut_here_as_tfds_may_take_all_of_a_shard(prepared, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    expected = datasets.load("digits", "train[90:]+train[10:20]")
+    as_data_source = decoding.tfds.core.DatasetBuilder.as_data_source
+
+    def without_slices(builder, split):
+        return as_data_source(builder, split.partition("[")[0])
+
+    monkeypatch.setattr(decoding.tfds.core.DatasetBuilder, "as_data_source", without_slices)
+    examples = datasets.open_slice("digits", "train[90:]+train[10:20]")
+    found = examples.read(np.arange(len(examples)))
+    jax.tree.map(np.testing.assert_array_equal, found, tuple(expected))
+
+
+def test_files_with_fewer_examples_than_they_should_have_are_refused(prepared, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    lost = Source([{"image": np.zeros((28, 28, 1), np.uint8), "label": 0}] * 2)
+    monkeypatch.setattr(
+        decoding.tfds.core.DatasetBuilder, "as_data_source", lambda builder, split: lost
+    )
+    with pytest.raises(UserError, match="2 examples found where 1500 are expected"):
+        datasets.open_slice("digits", "train[:2]")
+
+
 def test_images_of_another_size_stop_a_stream(tmp_path):
     sizes = [(2, 2, 1), (2, 2, 1), (3, 2, 1)]
     source = Source({"image": np.zeros(size, np.uint8), "label": 0} for size in sizes)
-    examples = decoding.Examples(builders.create("digits", tmp_path), [source])
+    examples = decoding.Examples(builders.create("digits", tmp_path), [(source, 0, 3)])
     assert examples.read(np.arange(2))[0].shape == (2, 2, 2, 1)
     mesh, rows = parallel.single_mesh(), np.arange(3, dtype=np.int32).reshape(1, 1, 3)
     with pytest.raises(UserError, match=r"digits differ in size \(\(2, 2, 1\) and \(3, 2, 1\)\)"):
@@ -148,11 +172,16 @@ def test_tfrecord_is_streamed_in_any_order(tmp_path, monkeypatch):
         create("stream", "mnist", "train")
 
 
-def test_a_slice_says_what_it_takes_before_it_is_read(prepared):
+def test_a_slice_says_what_it_takes_before_it_is_read(prepared, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
     # Splits are read as wholes, each once.
     assert datasets.image_bytes("digits", "train[:100]") == (100 * 784, 1500 * 784)
     several = "train[:100]+train[200:210]+test[10:30]"
     assert datasets.image_bytes("digits", several) == (130 * 784, (1500 + 297) * 784)
+    # Where the size is not declared, by the first image.
+    monkeypatch.setattr(decoding.tfds.features.Image, "shape", (None, None, 1))
+    assert datasets.image_bytes("digits", several) == (130 * 784, (1500 + 297) * 784)
+    monkeypatch.undo()
     host, device = environment.free_memory()
     assert host > 2**20 and device is None
 
@@ -204,7 +233,7 @@ def test_a_stream_refuses_what_cannot_be_read_or_has_no_label(tmp_path):
 
     image = np.zeros((2, 2, 1), np.uint8)
     source = Damaged({"image": image, "label": label} for label in (4, -1, 0))
-    examples = decoding.Examples(builders.create("digits", tmp_path), [source])
+    examples = decoding.Examples(builders.create("digits", tmp_path), [(source, 0, 3)])
     assert examples.read(np.array([0]))[1] == [4]
     unreadable = r"digits cannot be read \(truncated record\): try again"
     for index, message in ((1, "digits has no label"), (2, unreadable)):

@@ -73,6 +73,7 @@ def test_runs_started_in_one_second_have_folders_of_their_own(monkeypatch):
         (["--config.learning_rate=fast"], "learning_rate='fast' must be a number"),
         (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
         (["stray"], "'stray' is no flag"),
+        (["--workdir="], "--workdir is empty: name a folder"),
         (["--flagfile=nowhere"], "nowhere"),
     ],
 )
