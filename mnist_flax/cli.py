@@ -25,6 +25,9 @@ def run(main: Callable[[], None]) -> None:
     environment.keep_compiled()
     # None where the caller has closed it.
     sys.stdout = sys.stdout or io.StringIO()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As on stderr: a name of a file may be no text, or not in the terminal's alphabet.
+        sys.stdout.reconfigure(errors="backslashreplace")
     for ending in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) == signal.SIG_DFL:
             signal.signal(ending, lambda signum, frame: sys.exit(128 + signum))

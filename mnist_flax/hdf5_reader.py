@@ -21,7 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-# More than any of the seven networks takes with its optimiser on images of up to 200×200.
+# More than any of the seven networks takes with its optimiser on images of up to 100×100.
 _MOST_BYTES = 2**30
 # Keras does not compress, and trained weights cannot be compressed far.
 _MOST_EXPANSION = 10
@@ -114,7 +114,7 @@ def _problem(dataset: h5py.Dataset) -> str | None:
     if dataset.dtype not in (np.float16, np.float32):
         # Which HDF5 does not know: Keras stores it as two bytes.
         kind = "bfloat16" if dataset.dtype == "V2" else dataset.dtype
-        return f"{dataset.name} is {kind} instead of float32"
+        return f"{dataset.name} is {kind}: have the model's weights in float32 and save it again"
     # Keras writes arrays as a whole. The other layouts may name further files, load a decoder or
     # unpack to any size.
     whole = dataset.id.get_storage_size() == dataset.nbytes

@@ -7,6 +7,7 @@ Keras nor TensorFlow is needed, and nothing in the file is executed.
 import os
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +207,10 @@ def _fits(content: Content, model: nn.Module, any_dropout: bool) -> bool:
         if any_dropout:
             nodes, found = (keras_layers.without_dropout(n) for n in (nodes, found))
         return nodes == found
-    dropouts = sum(node.kind == "Dropout" for node in nodes)
-    if content.dropouts != dropouts and not any_dropout:
+    kinds = Counter(node.kind for node in nodes)
+    if content.dropouts != kinds["Dropout"] and not any_dropout:
+        return False
+    if content.pools not in (None, kinds["MaxPooling2D"]):
         return False
     try:
         shapes = _shapes(model, _image_shape(content))
@@ -245,8 +248,9 @@ def _found(content: Content) -> str:
     shapes = (array.shape for arrays in content.weights for array in arrays)
     arrays = ", ".join("×".join(map(str, shape)) for shape in shapes)
     if not arrays:
-        return "it has no layer with weights"
-    return f"it has arrays of {arrays}; weights alone are taken to be of images of 28×28"
+        return "it has no layer with weights, as Sequential and Functional models have them"
+    pools = "" if content.pools is None else f"{content.pools} MaxPooling2D and "
+    return f"it has {pools}arrays of {arrays}; weights alone are taken to be of images of 28×28"
 
 
 if __name__ == "__main__":

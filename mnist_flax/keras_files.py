@@ -47,11 +47,13 @@ class Content(NamedTuple):
         weights: arrays of each layer that has any: in the order of `network.nodes`, and without
             a network in Keras's order.
         dropouts: without a network, the number of dropout layers.
+        pools: without a network, the number of pooling layers; None where the file does not say.
     """
 
     network: keras_layers.Described | None
     weights: list[list[Array]]
     dropouts: int
+    pools: int | None
 
 
 def read(path: Path) -> Content:
@@ -169,20 +171,27 @@ def _content(archive: dict[str, np.ndarray]) -> Content:
 
     layers = {name: [array(entry) for entry in entries] for name, entries in found["layers"]}
     if found["config"] is None:
-        dropouts = sum(name.startswith("dropout") for name in layers)
+        dropouts, pools = _count(layers, "dropout"), None
         if found["named"] == "numbered":
             if foreign := keras_layers.foreign(layers):
                 raise UserError(
                     f"it has layers that none of the seven networks has: {', '.join(foreign)}"
                 )
+            # Layers without weights are all there, or none is.
+            if not all(layers.values()):
+                pools = _count(layers, "max_pooling2d")
             # The convolutions come first, in each of the seven networks.
             layers = dict(sorted(layers.items(), key=lambda item: item[0].startswith("dense")))
-        return Content(None, [arrays for arrays in layers.values() if arrays], dropouts)
+        return Content(None, [arrays for arrays in layers.values() if arrays], dropouts, pools)
     network = keras_layers.describe(json.loads(found["config"]))
     if found["named"] == "numbered":
         layers = _by_own_name(layers, network.order)
     ordered = [layers.get(name, []) for name in network.names]
-    return Content(network, [arrays for arrays in ordered if arrays], 0)
+    return Content(network, [arrays for arrays in ordered if arrays], 0, None)
+
+
+def _count(layers: dict[str, list[Array]], kind: str) -> int:
+    return sum(name.startswith(kind) for name in layers)
 
 
 def _by_own_name(

@@ -184,10 +184,9 @@ def describe(config: Config) -> Described:
 
     def linear(name: str) -> bool:
         """Whether it is a Conv2D or Dense layer without an activation, and taken once."""
-        activation = layers[name]["config"].get("activation") or "linear"
         uses = sum(taken.count(name) for taken in inputs.values())
-        plain = _kind(layers[name]) in ("Conv2D", "Dense") and activation == "linear"
-        return plain and uses == 1
+        plain = _kind(layers[name]) in ("Conv2D", "Dense")
+        return plain and _activation(layers[name]["config"]) == "linear" and uses == 1
 
     def visit(name: str) -> int:
         """The position of the node that gives a layer's result."""
@@ -204,6 +203,9 @@ def describe(config: Config) -> Described:
             text = _text(kind, options)
             if taken == (-1,) and (kind == "InputLayer" or reshapes):
                 result[name] = -1
+            elif text == "Activation" and len(taken) == 1:
+                # The linear one, by which others have float32 after layers in fewer bits.
+                (result[name],) = taken
             elif text in _ACTIVATIONS and len(inputs[name]) == 1 and linear(inputs[name][0]):
                 (position,) = taken
                 before = nodes[position]
@@ -304,14 +306,18 @@ def _options(text: str) -> Config:
                 "kernel_size": [int(n) for n in size.split("×")],
                 "padding": padding,
                 "activation": activation,
+                "data_format": "channels_last",
             }
         case ["MaxPooling2D", size]:
-            return {"pool_size": [int(n) for n in size.split("×")]}
+            pool_size = [int(n) for n in size.split("×")]
+            return {"pool_size": pool_size, "data_format": "channels_last"}
         case ["Dropout", rate]:
             return {"rate": float(rate)}
         case ["Dense", units, activation]:
             return {"units": int(units), "activation": activation}
-        case ["Flatten" | "Concatenate"]:
+        case ["Flatten"]:
+            return {"data_format": "channels_last"}
+        case ["Concatenate"]:
             return {}
     raise ValueError(f"no layer of the seven networks: {text}")
 
@@ -338,10 +344,18 @@ def _text(kind: str, options: Config) -> str:
     for key, usual in _USUAL.items():
         if options.get(key, usual[0]) not in usual:
             words.append(f"{key}={options[key]}")
-    activation = options.get("activation") or "linear"
-    if activation != "linear":
+    if (activation := _activation(options)) != "linear":
         words.append(activation)
     return " ".join(map(str, [kind, *words]))
+
+
+def _activation(options: Config) -> Any:
+    activation = options.get("activation") or "linear"
+    match activation:
+        # What TensorFlow calls its `tf.nn.softmax`.
+        case "softmax_v2" | {"class_name": "function", "config": "softmax_v2"}:
+            return "softmax"
+    return activation
 
 
 def _size(size: Any) -> str:
@@ -356,9 +370,11 @@ def _inbound(calls: list) -> list[str]:
         raise UserError("it holds a network that uses one layer several times")
     (call,) = calls
     if isinstance(call, dict):
-        tensors, *options = call["args"]
+        named = dict(call.get("kwargs", {}))
+        # A layer is called with its input, or with inputs=.
+        tensors, *options = call["args"] or [named.pop("inputs")]
         tensors = tensors if isinstance(tensors, list) else [tensors]
-        options += call.get("kwargs", {}).values()
+        options += named.values()
     else:
         tensors, options = call, []
     names = []

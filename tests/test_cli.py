@@ -86,6 +86,13 @@ def test_an_output_that_takes_nothing_more_is_one_sentence():
     assert done.stderr == b"error: [Errno 28] No space left on device\n"
 
 
+def test_a_name_that_is_no_text_is_printed_all_the_same():
+    code = "from mnist_flax import cli; cli.run(lambda: print('caf\\udce9×'))"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"caf\\udce9\\xd7\n")
+
+
 def test_too_little_memory_of_the_host_is_one_sentence(exit_code, capsys):
     assert exit_code(lambda: bytes(2**62)) == 2
     assert capsys.readouterr().err == "error: too little memory\n"

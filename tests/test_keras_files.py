@@ -220,6 +220,22 @@ def test_real_keras_loads_what_is_exported(keras, name, suffix, tmp_path):
     np.testing.assert_allclose(model(images), jax.nn.softmax(logits), atol=1e-6)
 
 
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_what_is_exported_has_channels_last_wherever_keras_is_set_otherwise(
+    keras, suffix, tmp_path
+):
+    run, path = loaded("larger"), tmp_path / f"model{suffix}"
+    export_keras.export_file(run, path)
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = keras.models.load_model(path)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    images = uniform(3, (4, 28, 28, 1))
+    logits = run.model.apply(run.variables, images)
+    np.testing.assert_allclose(model(images), jax.nn.softmax(logits), atol=1e-6)
+
+
 @pytest.mark.parametrize("suffix", keras_files.SUFFIXES)
 @pytest.mark.parametrize("name", models.names())
 def test_what_real_keras_saves_is_recognised(keras, name, suffix, tmp_path):
@@ -502,6 +518,38 @@ def test_an_activation_may_be_a_layer_of_its_own(kind, options, tmp_path):
     assert taken(changed_config(tmp_path, activation_apart(kind, options))) == "larger"
 
 
+@pytest.mark.parametrize("name", ["softmax_v2", "softmax"])
+@pytest.mark.usefixtures("read_here")
+def test_tensorflows_softmax_is_one(name, tmp_path):
+    function = {"class_name": "function", "config": name, "module": "builtins"}
+    change = lambda c: layer(c, "dense_2").update(activation=function)  # noqa: E731
+    path = changed_config(tmp_path, change)
+    if name == "softmax_v2":
+        assert taken(path) == "larger"
+    else:
+        # Keras writes its own by name alone: this one is somebody else's.
+        with pytest.raises(UserError, match="none of larger"):
+            taken(path)
+
+
+@pytest.mark.usefixtures("read_here")
+def test_a_linear_activation_at_the_end_is_none(tmp_path):
+    def change(layers):
+        config = {"name": "last", "activation": "linear", "dtype": "float32"}
+        layers.append({"class_name": "Activation", "config": config})
+
+    assert taken(changed_config(tmp_path, change)) == "larger"
+
+
+def test_a_layer_may_be_called_with_inputs_by_name():
+    config = json.loads((FOLDER / "branched_keras3.json").read_text())
+    expected = keras_layers.describe(config)
+    (call,) = config["config"]["layers"][2]["inbound_nodes"]
+    call["kwargs"] = {"inputs": call["args"][0]}
+    call["args"] = []
+    assert keras_layers.describe(config) == expected
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "found"),
     [
@@ -639,6 +687,21 @@ def test_weights_that_fit_two_networks_leave_it_open(tmp_path):
     assert taken(path, "baseline") == "baseline"
 
 
+def test_weights_of_a_network_without_the_pool_are_refused(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    export_keras.export_file(loaded("baseline"), path)
+    # As of a convolution with strides of 2, whose arrays are of the same shapes.
+    with h5py.File(path, "a") as file:
+        del file["layers/max_pooling2d"]
+    with pytest.raises(UserError, match="it has 0 MaxPooling2D and arrays of 5×5×1×32"):
+        taken(path)
+    # Where no layers without weights are listed, nothing is said of pools.
+    with h5py.File(path, "a") as file:
+        for name in ("dropout", "flatten", "input_layer"):
+            del file[f"layers/{name}"]
+    assert taken(path, "baseline") == "baseline"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -770,7 +833,7 @@ def theano(parent, kernel):
         (lambda p, k: p.create_dataset("kernel:0", k.shape, "f4"), "not stored as Keras"),
         (lambda p, k: p.create_dataset("kernel:0", (2**40,), "f4", chunks=(8,)), "has the shape"),
         (lambda p, k: p.create_dataset("kernel:0", data=k.astype(int)), "not those of its layers"),
-        (lambda p, k: p.create_dataset("kernel:0", data=k.astype("f8")), "is float64 instead"),
+        (lambda p, k: p.create_dataset("kernel:0", data=k.astype("f8")), "is float64: have"),
         (lambda p, k: p.create_dataset("kernel:0", data=k[0, 0, 0]), "has the shape"),
         (lambda p, k: p.create_dataset("kernel:0", (0, 0, 0, 0), "f4"), "has the shape"),
         (lambda p, k: p.create_dataset("kernel:0", data=k + np.nan), "numbers that are NaN"),
