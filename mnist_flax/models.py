@@ -70,7 +70,7 @@ class CNN(nn.Module):
             x = nn.relu(Dense(features, dtype=self.dtype)(x))
         if self.dense_dropout:
             x = Dropout(self.dense_dropout)(x, train)
-        return _at_least_float32(Dense(self.num_classes, dtype=self.dtype)(x))
+        return _logits(x, self.num_classes, self.dtype)
 
 
 class Branched(nn.Module):
@@ -95,11 +95,12 @@ class Branched(nn.Module):
         x = Flatten()(MaxPool()(Concatenate()(branches)))
         for features in (1000, 500):
             x = nn.relu(Dense(features, dtype=self.dtype)(x))
-        return _at_least_float32(Dense(self.num_classes, dtype=self.dtype)(x))
+        return _logits(x, self.num_classes, self.dtype)
 
 
-def _at_least_float32(logits: jax.Array) -> jax.Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+def _logits(x, num_classes, dtype):
+    # Of bfloat16 ones the largest two would be equal where they differ by less than 1/256.
+    return Dense(num_classes, dtype=jnp.promote_types(dtype, jnp.float32))(x)
 
 
 _dropout_cnn = partial(CNN, dense=(128,), conv_dropout=0.25, dense_dropout=0.5)

@@ -265,14 +265,17 @@ def test_parameters_are_float32_where_64_bits_are_the_default():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
-def test_bfloat16_keeps_parameters_and_logits_in_float32():
-    model = models.create("larger", dtype=jnp.bfloat16)
+@pytest.mark.parametrize("name", ["larger", "branched"])
+def test_bfloat16_keeps_parameters_and_logits_in_float32(name):
+    model = models.create(name, dtype=jnp.bfloat16)
     params = random_variables(model)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     images = uniform(2, (5, 28, 28, 1))
     logits = quick_jit(model.apply)({"params": params}, images)
     assert logits.dtype == jnp.float32
-    exact = quick_jit(models.create("larger").apply)({"params": params}, images)
+    # Not made in bfloat16 and widened.
+    assert (logits != logits.astype(jnp.bfloat16)).mean() > 0.9
+    exact = quick_jit(models.create(name).apply)({"params": params}, images)
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
 
 
