@@ -152,6 +152,8 @@ def test_images_of_another_size_stop_a_stream(tmp_path):
     source = Source({"image": np.zeros(size, np.uint8), "label": 0} for size in sizes)
     examples = decoding.Examples(builders.create("digits", tmp_path), [(source, 0, 3)])
     assert examples.read(np.arange(2))[0].shape == (2, 2, 2, 1)
+    later = decoding.Examples(builders.create("digits", tmp_path), [(source, 2, 3)])
+    assert later.image_shape == (3, 2, 1)
     mesh, rows = parallel.single_mesh(), np.arange(3, dtype=np.int32).reshape(1, 1, 3)
     with pytest.raises(UserError, match=r"digits differ in size \(\(2, 2, 1\) and \(3, 2, 1\)\)"):
         list(loaders.Streamed(examples, mesh).pieces(rows, 1))
