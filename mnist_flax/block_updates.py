@@ -76,8 +76,13 @@ def _update_block(tx, shape, i, start, like, grads, opt_state, params):
     """Parameters and state with the blocks i of this shape new, which begin at row `start`."""
 
     def waiting(p, g):
-        # XLA would make the first pass of all blocks before the second of any.
-        return g[i] + 0 * p[start - 1].ravel()[0] if start else g[i]
+        if not start:
+            return g[i]
+        # XLA would make the first pass of all blocks before the second of any. This reads rows on
+        # both sides of the edge: of the row before alone, XLA would read the update instead of the
+        # array, and copy the array.
+        edge = p[start - 1 : start + 1].reshape(2, -1)[:, 0]
+        return g[i] + 0 * edge.sum()
 
     def own_state(a, b):
         # Scalars belong to all blocks.

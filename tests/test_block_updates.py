@@ -60,9 +60,6 @@ def test_updates_in_blocks_are_those_of_whole_arrays_and_pieces_are_bitwise_the_
     jax.tree.map(np.testing.assert_array_equal, blocks[0], start)
 
 
-@pytest.mark.xfail(
-    jax.__version_info__ >= (0, 11), reason="XLA in JAX 0.12 copies large arrays in every step"
-)
 def test_a_step_in_blocks_copies_no_large_array(monkeypatch):
     in_small_blocks(monkeypatch)
     epoch, arguments = epoch_of(optim.create("adam", optax.constant_schedule(1e-3)))
