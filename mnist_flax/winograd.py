@@ -212,7 +212,7 @@ def _transformed_tiles(x, plan):
     h, w = plan.rows.shape[1], plan.columns.shape[1]
     x = _times(plan.columns, tiles.fit(x, h, w).reshape(-1, w, c))
     x = _times(plan.rows, x.reshape(-1, h, nw * tw * c))
-    x = x.reshape(-1, nh, th, nw, tw, c).transpose(1, 3, 0, 2, 4, 5)
+    x = x.reshape(-1, nh, th, nw, tw * c).transpose(1, 3, 0, 2, 4)
     return x.reshape(nh * nw, -1, c)
 
 
