@@ -42,16 +42,16 @@ SCRIPTS = {
 def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("startup", __doc__)
     parser.add_argument("--network", choices=models.names(), default="larger")
-    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, help="default: all there are")
     parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
     parser.add_argument(
         "--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
     )
     args = parser.parse_args(argv)
+    suite.check_installed(("the plot", "matplotlib"))
+    able = suite.able({name: packages for name, (_, packages) in SCRIPTS.items()}, args.scripts)
     # Ours is always measured: the ratios are to it.
-    scripts = list({OURS: None} | dict.fromkeys(args.scripts))
-    needs = [(script, package) for script in scripts for package in SCRIPTS[script][1]]
-    suite.check_installed(("the plot", "matplotlib"), *needs)
+    scripts = list({OURS: None} | dict.fromkeys(able))
     machine = hardware.describe(args.device)
 
     runs = {script: [] for script in scripts}

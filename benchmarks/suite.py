@@ -84,6 +84,25 @@ def check_installed(*needs: tuple[str, str]) -> None:
             )
 
 
+def able(packages: dict[str, Sequence[str]], asked: Sequence[str] | None) -> list[str]:
+    """The names asked for; otherwise those whose packages are installed, and the others are said.
+
+    Raises:
+        UserError: a package of one that was asked for is not.
+    """
+    if asked:
+        check_installed(*((name, package) for name in asked for package in packages[name]))
+        return list(asked)
+    found = []
+    for name, needed in packages.items():
+        lacking = [package for package in needed if environment.version_of(package) is None]
+        if lacking:
+            print(f"{name} is left out: it needs {lacking[0]}", flush=True)
+        else:
+            found.append(name)
+    return found
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what determines a result, and of the packages of the peers."""
     return environment.versions() | {name: environment.version_of(name) for name in _PEERS}

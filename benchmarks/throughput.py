@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import hardware, recipes, suite
-from mnist_flax import batches, cli, datasets, environment, models
+from mnist_flax import batches, cli, datasets, models
 from mnist_flax.config import COMPUTE_DTYPES
 from mnist_flax.errors import UserError
 
@@ -52,7 +52,8 @@ PEERS = {
     OURS: Kind("ours"),
     "flax-loop": Kind("flax_loop"),
     "keras-tf": Kind("keras_fit", "", ("keras", "tensorflow"), "tensorflow"),
-    "keras-tf-jit": Kind("keras_fit", "jit", ("keras", "tensorflow"), "tensorflow"),
+    "keras-tf-jit": Kind("keras_fit", "jit", ("keras", "tensorflow"), "tensorflow", "cpu"),
+    "keras-tf-nojit": Kind("keras_fit", "nojit", ("keras", "tensorflow"), "tensorflow", "gpu"),
     "keras-tf-steps": Kind("keras_fit", "steps", ("keras", "tensorflow"), "tensorflow"),
     "keras-jax": Kind("keras_fit", "", ("keras",), "jax"),
     "torch": Kind("torch_loop", "eager", ("torch",)),
@@ -62,8 +63,8 @@ PEERS = {
     "torch-graph": Kind("torch_loop", "graph", ("torch",), device="gpu"),
     "torch-compile-graph": Kind("torch_loop", "compile_graph", ("torch",), device="gpu"),
 }
-# On CPU the frameworks ask the system for the memory of a step's arrays anew in each step, and have
-# it cleared page by page, unless the C library keeps what is freed; ours does not ask.
+# The frameworks ask the system for the memory of a step's arrays on the host anew in each step, and
+# have it cleared page by page, unless the C library keeps what is freed; ours does not ask.
 KEEPS_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
@@ -99,14 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     possible = [peer for peer, kind in PEERS.items() if kind.device in (None, args.device)]
     if not set(args.peers or []) <= set(possible):
         raise UserError(f"on {args.device} the peers are {', '.join(possible)}")
+    suite.check_installed(("the plot", "matplotlib"))
     # Ours is always measured: the ratios are to it.
-    peers = list({OURS: None} | dict.fromkeys(args.peers or possible))
-    needs = [(peer, package) for peer in peers for package in PEERS[peer].packages]
-    suite.check_installed(("the plot", "matplotlib"), *(needs if args.peers else ()))
-    for peer, package in needs:
-        if environment.version_of(package) is None and peer in peers:
-            log(f"{peer} is left out: it needs {package}")
-            peers.remove(peer)
+    able = suite.able({peer: PEERS[peer].packages for peer in possible}, args.peers)
+    peers = list({OURS: None} | dict.fromkeys(able))
     machine = hardware.describe(args.device)
     unusual = [value for value in (args.dtype, args.dataset) if value not in ("float32", "mnist")]
     file = args.results / f"{'_'.join(['throughput', args.device, *unusual])}.json"
@@ -204,7 +201,7 @@ def write_job(folder: Path, network: str, args: argparse.Namespace) -> None:
 def start(peer: str, folder: Path, device: str) -> subprocess.Popen:
     """A worker process of the peer, on the device; its stderr goes to a file in the folder."""
     kind = PEERS[peer]
-    env = os.environ | suite.on_device(device) | (KEEPS_MEMORY if device == "cpu" else {})
+    env = os.environ | suite.on_device(device) | KEEPS_MEMORY
     env |= {
         "TF_CPP_MIN_LOG_LEVEL": "3",
         # The first step is that of a program never compiled before.

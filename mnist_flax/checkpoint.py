@@ -222,7 +222,7 @@ def restore(
             raise
         except Exception as error:
             # Orbax raises whatever the damage leads to.
-            if not (Path(manager.directory) / str(candidate)).exists():
+            if not files.exists(Path(manager.directory) / str(candidate)):
                 # The run is under way, and has newer ones by now.
                 manager.reload()
                 return restore(manager, like, step)
@@ -267,5 +267,5 @@ def _crc32(state: TrainState) -> int:
     """Orbax would restore a flipped byte as another number."""
     crc = 0
     for leaf in jax.tree.leaves(state):
-        crc = zlib.crc32(np.ascontiguousarray(leaf).data, crc)
+        crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), crc)
     return crc

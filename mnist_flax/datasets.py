@@ -162,14 +162,13 @@ def _prepared(name: str, split: str, manual_dir: str) -> "tfds.core.DatasetBuild
         from mnist_flax import preparation
 
         folder = manual_dir or (in_family and os.environ.get("MNIST_FLAX_MANUAL_DIR"))
-        folder = Path(os.path.expanduser(folder)) if folder else None
+        folder = files.local(folder) if folder else None
         builder = preparation.prepare(name, builder, folder)
     return builder
 
 
 def _data_dir() -> Path:
-    # Unlike `Path.expanduser`, it leaves the ~ of an unknown user.
-    return Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
+    return files.local(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def _whole_split(builder: "tfds.core.DatasetBuilder", split: str) -> Arrays:

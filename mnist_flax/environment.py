@@ -21,7 +21,7 @@ _PACKAGES = (
     "tensorflow-datasets",
     "numpy",
 )
-_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
+_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "libtpu")
 _CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnist_flax import cli, keras_files, keras_layers, trained
+from mnist_flax import cli, files, keras_files, keras_layers, trained
 from mnist_flax.errors import UserError
 from mnist_flax.trained import Trained
 
@@ -55,7 +55,7 @@ def check_path(path: Path) -> None:
     if not path.name.endswith(keras_files.SUFFIXES):
         raise UserError(f"{path} must end in {', '.join(keras_files.SUFFIXES)}")
     try:
-        exists = path.exists()
+        exists = files.exists(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name another") from None
     if exists:

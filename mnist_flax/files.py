@@ -6,6 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mnist_flax.errors import UserError
+
+
+def local(path: str | os.PathLike) -> Path:
+    """The path, with a home folder's ~ expanded.
+
+    Raises:
+        UserError: it is a URL, of which `Path` would make a folder here.
+    """
+    if "://" in (text := os.fspath(path)):
+        raise UserError(
+            f"{text} is a URL: name a folder of this machine, or mount it and name that"
+        )
+    # Unlike `Path.expanduser`, it leaves the ~ of an unknown user.
+    return Path(os.path.expanduser(text))
+
 
 def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Has `write` write a file, of which a reader sees what was there before or all of the new.
@@ -26,14 +42,33 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def exists(path: Path) -> bool:
+    """`path.exists()`, which from Python 3.14 on also says no where the system cannot tell.
+
+    Raises:
+        OSError: the system cannot tell.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def sync(folder: Path) -> None:
     """Has the system write to the disk what it still holds of a folder and all that is in it.
 
     Raises:
         OSError: it cannot be written.
     """
-    for path in (folder, *folder.rglob("*")):
-        sync_one(path)
+
+    def refuse(error: OSError) -> None:
+        # `walk` would go on, and `rglob` does from Python 3.13 on.
+        raise error
+
+    for path, _, names in os.walk(folder, onerror=refuse):
+        for name in (".", *names):
+            sync_one(Path(path, name))
 
 
 def sync_one(path: Path) -> None:

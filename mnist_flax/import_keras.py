@@ -22,6 +22,7 @@ from mnist_flax import (
     cli,
     datasets,
     environment,
+    files,
     keras_files,
     keras_layers,
     models,
@@ -80,6 +81,7 @@ def import_file(
     if name is not None:
         models.create(name)
     datasets.check_name(dataset)
+    run_dir = files.local(run_dir)
     _check_folder(run_dir)
     # For its UserError: without a device JAX would fail later, with a traceback.
     parallel.devices()
@@ -127,7 +129,7 @@ def import_file(
 
 def _check_folder(run_dir: Path) -> None:
     try:
-        in_use = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+        in_use = files.exists(run_dir) and (not run_dir.is_dir() or any(run_dir.iterdir()))
         # Its place is taken by another folder.
         current = os.path.realpath(run_dir) == os.getcwd()
     except OSError as error:

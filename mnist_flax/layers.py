@@ -110,7 +110,7 @@ class Flatten(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # Not -1, which a batch of no images leaves open.
-        return x.reshape(len(x), math.prod(x.shape[1:]))
+        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def conv_output_size(
@@ -151,7 +151,8 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
         UserError: the kernel does not fit into the image.
     """
     conv_output_size(x.shape[1:3], kernel.shape[:2], padding)
-    return _by_platform(cpu_conv.conv_relu, xla_conv.conv_relu, x, kernel, bias, padding=padding)
+    forms = {"on_cpu": cpu_conv.conv_relu, "default": xla_conv.conv_relu}
+    return _by_platform(x, kernel, bias, **forms, padding=padding)
 
 
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
@@ -167,8 +168,8 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
         UserError: the kernel does not fit into the image, or the pool into the output.
     """
     pooling.check(conv_output_size(x.shape[1:3], kernel.shape[:2], padding))
-    forms = cpu_conv.conv_relu_pool, xla_conv.conv_relu_pool
-    return _by_platform(*forms, x, kernel, bias, padding=padding)
+    forms = {"on_cpu": cpu_conv.conv_relu_pool, "default": xla_conv.conv_relu_pool}
+    return _by_platform(x, kernel, bias, **forms, padding=padding)
 
 
 def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
@@ -186,14 +187,17 @@ def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
     if second.pool:
         pooling.check(size)
     x = x.astype(weights[0].dtype)
-    forms = conv_pair.conv_relu_twice, xla_conv.conv_relu_twice
-    return _by_platform(*forms, x, *weights, pool=second.pool)
+    forms = {"on_cpu": conv_pair.conv_relu_twice, "default": xla_conv.conv_relu_twice}
+    return _by_platform(x, *weights, **forms, pool=second.pool)
 
 
+# Compiled by itself where nothing around it is, as it would be anew in every call otherwise.
+@partial(jax.jit, static_argnames=("on_cpu", "default", "padding", "pool"), inline=True)
 def _by_platform(
-    on_cpu: Callable, default: Callable, *operands: jax.Array, **options: Any
+    *operands: jax.Array, on_cpu: Callable, default: Callable, **options: Any
 ) -> jax.Array:
     on_cpu, default = partial(on_cpu, **options), partial(default, **options)
-    if shardings.explicit(*operands):
+    # A batch of any size, as `jax.export` knows it, cannot be cut into blocks.
+    if shardings.explicit(*operands) or not isinstance(operands[0].shape[0], int):
         return default(*operands)
     return lax.platform_dependent(*shardings.alike(*operands), cpu=on_cpu, default=default)

@@ -4,12 +4,13 @@
     variables = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     logits = model.apply(variables, images)
 
-Every network takes images [B, H, W, C] in [0, 1] of any dtype, which is cast (uint8 must be scaled:
-`steps.scale`), and gives logits [B, num_classes], float32 or wider. `train=True` turns dropout on
-and needs `rngs={"dropout": key}` where there is any. Weights start as in Keras: Glorot-uniform
-kernels and zero biases. Any image size that survives the pools will do, a smaller one raises
-`UserError`; so will any number of channels and classes. Gradients can be differentiated again; as
-JAX has no forward mode through `custom_vjp`, `jax.jvp` and `jax.jacfwd` of a network have none.
+Every network takes images [B, H, W, C] in [0, 1] of any floating-point dtype, which is cast, and
+gives logits [B, num_classes], float32 or wider; integers, to be scaled by `steps.scale`, raise
+`UserError`. `train=True` turns dropout on and needs `rngs={"dropout": key}` where there is any.
+Weights start as in Keras: Glorot-uniform kernels and zero biases. Any image size that survives the
+pools will do, a smaller one raises `UserError`; so will any number of channels and classes.
+Gradients can be differentiated again; as JAX has no forward mode through `custom_vjp`, `jax.jvp`
+and `jax.jacfwd` of a network have none, and `jax.jacrev(jax.grad(f))` is a Hessian.
 """
 
 from functools import partial
@@ -53,12 +54,14 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        _check(x)
         convs = [
             Conv(features, (kernel, kernel), pool=pool, dtype=self.dtype)
             for features, kernel, pool in self.convs
         ]
         # In training alone, so that elsewhere summaries and interceptors see each module.
-        if train and len(convs) > 1 and not convs[0].pool and not self.is_initializing():
+        seen = self.is_initializing() or self.is_mutable_collection("intermediates")
+        if train and len(convs) > 1 and not convs[0].pool and not seen:
             first, second, *convs = convs
             x = conv_relu_twice(x, first, second)
         for conv in convs:
@@ -86,6 +89,7 @@ class Branched(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        _check(x)
         same_conv = partial(Conv, kernel_size=(3, 3), padding="SAME", dtype=self.dtype)
         trunk = same_conv(32, pool=True)(x)
         branches = []
@@ -96,6 +100,19 @@ class Branched(nn.Module):
         for features in (1000, 500):
             x = nn.relu(Dense(features, dtype=self.dtype)(x))
         return _logits(x, self.num_classes, self.dtype)
+
+
+def _check(images):
+    if images.ndim != 4:
+        raise UserError(
+            f"images are [B, H, W, C], and here is {images.shape}: add the axis of a batch or of "
+            "channels, such as images[..., None]"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(
+            f"images are floating-point numbers in [0, 1], and here are {images.dtype}: "
+            "scale them, as mnist_flax.steps.scale does"
+        )
 
 
 def _logits(x, num_classes, dtype):

@@ -61,7 +61,7 @@ def mesh(config: ConfigDict) -> Mesh:
 
 
 def keep_to_share() -> None:
-    """Has one CPU device take no more threads than a container has cores, as XLA counts them all.
+    """Has XLA on CPU take no more threads than a container has cores, as it counts them all.
 
     Without effect where JAX has started.
     """
@@ -120,9 +120,11 @@ def devices() -> list[jax.Device]:
     """
     try:
         return jax.devices()
-    except RuntimeError as error:
+    # JAX asserts that there is a device where JAX_PLATFORMS is "cuda" and there is no GPU.
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error) or "none of the kind asked for is here").splitlines()[0]
         raise UserError(
-            f"JAX has no device to compute on ({str(error).splitlines()[0]}): unset JAX_PLATFORMS, "
+            f"JAX has no device to compute on ({reason}): unset JAX_PLATFORMS, "
             "or set it to a kind that this machine has"
         ) from error
 
@@ -161,6 +163,8 @@ def _make_cores_devices(count: int) -> None:
         # Otherwise each device splits its operations among all cores. Later versions have a pool
         # of threads for each device, which this would shrink to one thread for all.
         os.environ.setdefault("NPROC", "1")
+    else:
+        keep_to_share()
 
 
 def _cpu_only() -> bool:

@@ -203,8 +203,8 @@ def compile_programs(
 ) -> Programs:
     """Compiles everything that a run executes on the devices.
 
-    The training program is ready when this returns; those that score are compiled meanwhile and
-    waited for when they are first called.
+    The training program is ready when this returns; on CPU those that score are compiled meanwhile
+    and waited for when they are first called.
     """
     size = data.train.size
     length = piece_length(config, size, data.train.most, mesh)
@@ -238,5 +238,6 @@ def compile_programs(
     score_watch = None
     if data.watch is not None:
         score_watch = score_test if data.watch is data.test else scorer(data.watch)
-    pool.shutdown(wait=False)
+    # On GPU XLA chooses kernels by timing them, for which training would have to wait.
+    pool.shutdown(wait=not _on_cpu())
     return Programs(length, train, score_watch, score_test)

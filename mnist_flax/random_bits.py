@@ -18,6 +18,8 @@ from mnist_flax import share_keys
 _BLOCK = 2**14
 
 
+# Compiled by itself where nothing around it is, as it would be anew in every call otherwise.
+@partial(jax.jit, static_argnames=("threshold", "shape"), inline=True)
 def at_least(key: jax.Array, threshold: int, shape: tuple[int, ...]) -> jax.Array:
     """Whether each of some numbers of 16 random bits is `threshold` or more: bool of `shape`.
 

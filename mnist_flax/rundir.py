@@ -64,43 +64,47 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     # A finished run is only shown.
     summary = run_dir / "summary.json"
-    if not writable and not summary.exists():
+    if not writable and not files.exists(summary):
         raise UserError(
             f"the run folder {run_dir} cannot be written, as {existing} is not a writable "
             "folder: name another with --workdir"
         )
-    if not run_dir.exists():
+    if not files.exists(run_dir):
         return
     folder = checkpoints(run_dir)
-    if not summary.exists() and os.path.lexists(folder) and not folder.is_dir():
+    if not files.exists(summary) and os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"{folder} is no folder, or on a disk that is not there: see to that first")
     # A start that was killed may leave its lock, a file half-written under another name, and no
     # checkpoint yet.
     left = {path.name for path in run_dir.iterdir() if path.suffix != ".tmp"}
-    if left <= {_LOCK, folder.name} and not any(folder.glob("*")):
+    if left <= {_LOCK, folder.name} and not _names(folder):
         return
-    if not (run_dir / "config.json").exists():
+    if not files.exists(run_dir / "config.json"):
         raise UserError(
             f"the run folder {run_dir} holds something other than a run (there is no "
             "config.json in it): name an empty or a new one with --workdir"
         )
     stored, given = (config_lib.flatten(c) for c in (read_config(run_dir), config))
     # Not what Orbax left of a save that was cut short.
-    steps = {path.name for path in folder.glob("*") if path.name.isdigit()}
+    steps = {name for name in _names(folder) if name.isdigit()}
     metrics = run_dir / "metrics.jsonl"
-    rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    rows = metrics.read_bytes().count(b"\n") if files.exists(metrics) else 0
     # The third row is written when the first checkpoint is.
-    if not steps and not summary.exists() and rows > 2:
+    if not steps and not files.exists(summary) and rows > 2:
         raise UserError(
             f"the checkpoints of the run in {run_dir}, which has trained {rows} epochs, are gone: "
             "put them back, or name another folder with --workdir"
         )
-    if summary.exists() or steps - {"0"}:
+    if files.exists(summary) or steps - {"0"}:
         fixed = (stored | given).keys() - _MAY_DIFFER
     else:
         # Nothing was trained that could be lost; step 0 is a network from elsewhere.
         fixed = _OF_THE_NETWORK if steps else ()
     _check_same(run_dir, stored, given, fixed)
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if files.exists(folder) else []
 
 
 def check_trained(run_dir: Path, stored: dict[str, Any], config: ConfigDict) -> None:
@@ -220,7 +224,7 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """
     path = run_dir / "summary.json"
     try:
-        if not path.exists():
+        if not files.exists(path):
             return None
         summary = json.loads(path.read_text())
         if missing := _SHOWN - set(summary):
@@ -254,7 +258,7 @@ def start_metrics(run_dir: Path, step: int) -> None:
     """
     path = run_dir / "metrics.jsonl"
     try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if files.exists(path) else []
         # Only a line that ends was written whole.
         whole = [line for line in lines if line.endswith("\n")]
         rows = [json.loads(line) for line in whole]

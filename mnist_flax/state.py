@@ -53,7 +53,7 @@ def create(
         UserError: the images are too small for the network.
     """
     init_key, key = jax.random.split(root_key(seed))
-    variables = model.init(init_key, jnp.zeros((1, *image_shape)))
+    variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
     return TrainState(
         step=jnp.zeros([], jnp.int32),
         params=variables["params"],

@@ -20,6 +20,7 @@ import optax
 from jax import lax
 
 from mnist_flax import block_updates, optim, share_keys
+from mnist_flax.errors import UserError
 from mnist_flax.state import TrainState, step_key
 
 # The name of the mesh or pmap axis over which each batch is split; None where none is.
@@ -54,7 +55,16 @@ class Metrics:
 
 
 def scale(images: jax.Array) -> jax.Array:
-    """uint8 [0, 255] to float32 [0, 1]."""
+    """uint8 [0, 255] to float32 [0, 1].
+
+    Raises:
+        UserError: they are of another dtype.
+    """
+    if images.dtype != jnp.uint8:
+        raise UserError(
+            f"images of a data set are uint8 in [0, 255], and here are {images.dtype}: scaled ones "
+            "make a steps.Batch for steps.train_step as they are"
+        )
     return images.astype(jnp.float32) / 255
 
 
@@ -68,6 +78,8 @@ def gather(images: jax.Array, labels: jax.Array, indices: jax.Array) -> Batch:
         indices: int32 [B]; -1 stands for padding.
     """
     kept = jnp.maximum(indices, 0)
+    # NumPy's own indexing would want numbers.
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
     return Batch(scale(images[kept]), labels[kept], (indices >= 0).astype(jnp.float32))
 
 
@@ -82,6 +94,7 @@ def measure(logits: jax.Array, batch: Batch) -> Metrics:
 
 def _measure_each(logits, batch):
     """`measure` of each example: arrays [B], which a loop adds up without a sum in every step."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     kept = batch.mask > 0
     return Metrics(
@@ -221,7 +234,7 @@ def _train_epoch(state, images, labels, batches, *, model, update, axis_name):
         indices, count = row
         batch = gather(images, labels, indices)
         state, each = _step(state, batch, count, model=model, update=update, axis_name=axis_name)
-        return (state, total + each), None
+        return (state, _add(total, each)), None
 
     start = (state, _as_own(axis_name, _none_yet(batches)))
     (state, total), _ = lax.scan(step, start, (batches, counts))
@@ -232,6 +245,11 @@ def _none_yet(batches):
     """Metrics of each place in a batch, [B], before the first."""
     size = batches.shape[-1]
     return Metrics(*(jnp.zeros(size, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
+
+
+def _add(total, each):
+    # The losses of a float64 network are of that dtype.
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, each)
 
 
 def eval_epoch(
@@ -248,7 +266,7 @@ def eval_epoch(
     def step(total, indices):
         batch = gather(images, labels, indices)
         logits = model.apply(variables, batch.images, train=False)
-        return total + _measure_each(logits, batch), None
+        return _add(total, _measure_each(logits, batch)), None
 
     total, _ = lax.scan(step, _as_own(axis_name, _none_yet(batches)), batches)
     return _sum_over(axis_name, _summed(total))

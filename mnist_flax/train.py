@@ -21,6 +21,7 @@ from mnist_flax import (
     datasets,
     environment,
     epochs,
+    files,
     optim,
     parallel,
     parts,
@@ -59,7 +60,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         signals.Stopped: SIGINT or SIGTERM arrived; what was trained is saved.
     """
     began = time.perf_counter()
-    run_dir = Path(workdir)
+    run_dir = files.local(workdir)
     config_lib.validate(config)
     rundir.check(run_dir, config)
     if summary := _finished(run_dir):

@@ -2,7 +2,6 @@
 
 import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from mnist_flax import (
     checkpoint,
     datasets,
+    files,
     loaders,
     optim,
     parallel,
@@ -142,7 +142,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
         UserError: the folder is no run, has no checkpoint that can be read, not that step or not
             that seed, or leaves open which seed; JAX has no device.
     """
-    run_dir = Path(workdir)
+    run_dir = files.local(workdir)
     config = rundir.read_config(run_dir)
     parallel.keep_to_share()
     # For its UserError: without a device Orbax would fail later, with a traceback.

@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 from types import SimpleNamespace
@@ -314,3 +315,26 @@ def test_where_none_is_sound_the_error_says_which_there_are(tmp_path, start):
         pytest.raises(UserError, match=r"no checkpoint in .* can be read \(steps \[2, 1\]\)"),
     ):
         restore(folder, start)
+
+
+def test_moments_in_bfloat16_come_back(tmp_path):
+    tx = optax.adam(1e-3, mu_dtype=jnp.bfloat16)
+    start = random_state(models.create("larger"), tx)
+    folder = saved(tmp_path / "c", start, [None])
+    state, _ = restore(folder, start)
+    assert_equal(state, at(start, 1))
+
+
+def test_a_checkpoint_whose_folder_cannot_be_asked_about_is_kept(tmp_path, start, monkeypatch):
+    folder = saved(tmp_path / "c", start, [None])
+
+    def failing(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with checkpoint.open_manager(folder, read_only=True) as manager:
+        monkeypatch.setattr(manager, "restore", failing)
+        # What `Path.exists` makes of that from Python 3.14 on.
+        monkeypatch.setattr("pathlib.Path.exists", lambda _: False)
+        monkeypatch.setattr("pathlib.Path.stat", failing)
+        with pytest.raises((UserError, OSError), match="Input/output error"):
+            checkpoint.restore(manager, lambda record: start)

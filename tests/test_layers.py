@@ -23,6 +23,12 @@ from mnist_flax.errors import UserError
 from tests.helpers import normal, plain_convolution, quick_jit
 
 
+@pytest.fixture(autouse=True)
+def traced_anew(monkeypatch):
+    """Has a test see what it patches, whatever was traced before."""
+    monkeypatch.setattr(layers, "_by_platform", layers._by_platform.__wrapped__)
+
+
 def reference_conv(x, kernel, bias, padding):
     return nn.relu(plain_convolution(x, kernel, padding) + bias)
 

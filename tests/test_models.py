@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from mnist_flax import config as config_lib
 from mnist_flax import layers, models, parts, summary
@@ -303,3 +304,55 @@ def test_the_dtype_of_a_run_is_that_of_its_network():
     config = config_lib.default()
     config.compute_dtype = "bfloat16"
     assert parts.create_model(config, 10).dtype == jnp.bfloat16
+
+
+def test_a_call_that_nothing_compiles_is_compiled_once(caplog):
+    model = models.create("double_conv_3x3")
+    variables = random_variables(model)
+    caplog.set_level("DEBUG", "jax._src.dispatch")
+
+    def compiled(train):
+        caplog.clear()
+        with jax.log_compiles():
+            rngs = {"dropout": jax.random.key(0)}
+            model.apply(variables, jnp.zeros((16, 28, 28, 1)), train=train, rngs=rngs)
+        return sum("Finished XLA compilation" in line for line in caplog.messages)
+
+    for train in (False, True):
+        assert compiled(train) > 0
+        assert compiled(train) == 0
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_network_is_exported_for_batches_of_any_size(name):
+    model = models.create(name)
+    variables = random_variables(model)
+    apply = jax.jit(lambda images: model.apply(variables, images))
+    shape = export.symbolic_shape("b, 28, 28, 1")
+    exported = export.export(apply)(jax.ShapeDtypeStruct(shape, jnp.float32))
+    for batch in (1, 16):
+        images = uniform(batch, (batch, 28, 28, 1))
+        np.testing.assert_allclose(exported.call(images), apply(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["larger", "branched"])
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 28, 28), np.float32), r"\[B, H, W, C\], and here is \(2, 28, 28\)"),
+        (np.zeros((2, 28, 28, 1), np.uint8), "here are uint8: scale them"),
+    ],
+)
+def test_images_of_another_form_are_refused(name, images, message):
+    model = models.create(name)
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def test_intermediates_in_training_are_those_of_every_layer():
+    model = models.create("double_conv_3x3")
+    variables, images = random_variables(model), uniform(0, (2, 28, 28, 1))
+    rngs = {"dropout": jax.random.key(0)}
+    apply = partial(model.apply, train=True, rngs=rngs, capture_intermediates=True)
+    _, captured = jax.eval_shape(apply, variables, images)
+    assert {"Conv_0", "Conv_1", "Dense_0", "Dense_1"} <= captured["intermediates"].keys()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mnist_flax import config as config_lib
-from mnist_flax import rundir
+from mnist_flax import datasets, files, rundir, train, trained
 from mnist_flax.errors import UserError
 
 
@@ -218,7 +218,7 @@ def test_files_of_somebody_else_are_said(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr("pathlib.Path.open", refused)
-    monkeypatch.setattr("pathlib.Path.exists", lambda _: True)
+    monkeypatch.setattr(files, "exists", lambda _: True)
     with pytest.raises(UserError, match=r"config.json cannot be read \(Permission denied\)"):
         rundir.read_config(tmp_path)
     with pytest.raises(UserError, match=r"summary.json cannot be read \(Permission denied\)"):
@@ -286,3 +286,36 @@ def test_what_is_written_outlasts_a_power_cut(tmp_path, monkeypatch):
     rundir.write_json(tmp_path / "summary.json", {})
     # The file under its first name, then the folder in which it got the other.
     assert Path(synced[1]).name.startswith(".summary.json.") and synced[2] == str(tmp_path)
+
+
+def test_a_record_whose_disk_fails_is_not_taken_for_none(tmp_path, monkeypatch):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "seconds": 2}\n')
+
+    def failing(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        # What `Path.exists` makes of that from Python 3.14 on.
+        patched.setattr("pathlib.Path.exists", lambda _: False)
+        patched.setattr("pathlib.Path.stat", failing)
+        for ask in (rundir.read_summary, lambda folder: rundir.start_metrics(folder, 1)):
+            with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
+                ask(tmp_path)
+    assert rundir.read_metrics(tmp_path) == [{"step": 1, "seconds": 2}]
+
+
+def test_a_url_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.local("~/run") == tmp_path / "run"
+    monkeypatch.setenv("TFDS_DATA_DIR", "s3://bucket/data")
+    config = config_lib.default()
+    for refused in (
+        lambda: train.train_and_evaluate(config, "gs://bucket/run"),
+        lambda: trained.load("gs://bucket/run"),
+        lambda: datasets.load("mnist", "test"),
+    ):
+        with pytest.raises(UserError, match=r"://bucket/\w+ is a URL: name a folder"):
+            refused()
+    assert not any(tmp_path.iterdir())

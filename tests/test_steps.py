@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from mnist_flax import batches, datasets, layers, models, optim, state, steps, tiles
+from mnist_flax.errors import UserError
 from tests.helpers import integers, plain_convolution, quick_jit, random_state, uniform
 
 
@@ -252,13 +253,18 @@ def epoch_setting():
 
 @pytest.mark.parametrize("network", models.names())
 def test_a_hundred_steps_follow_the_plain_convolution(monkeypatch, network):
-    # In several blocks, as a recipe's batch is, the last filled up.
-    splitter = tiles.splitter
-    monkeypatch.setattr(tiles, "splitter", lambda batch, most: splitter(batch, min(most, 3)))
+    # In the forms of a recipe's batch: `branched` has one of 8, and the others' is in several
+    # blocks, here of 3 images, the last filled up.
+    monkeypatch.setattr(layers, "_by_platform", layers._by_platform.__wrapped__)
+    count = 8 if network == "branched" else 7
+    if network != "branched":
+        splitter = tiles.splitter
+        monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
+        monkeypatch.setattr(tiles, "splitter", lambda batch, most: splitter(batch, min(most, 3)))
     # In float64, as at this rate 100 steps can make 20 % of a difference of 1e-7.
     with jax.enable_x64(True):
         images, labels = map(jnp.asarray, datasets.load("digits", "train"))
-        rows = integers(3, (100, 8), len(labels))
+        rows = integers(3, (100, count), len(labels))
         model = models.create(network, dtype=jnp.float64)
         optimizer = "rmsprop" if network == "convnet" else "adam"
         tx = optim.create(optimizer, optax.constant_schedule(1e-3))
@@ -266,14 +272,15 @@ def test_a_hundred_steps_follow_the_plain_convolution(monkeypatch, network):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), start.params)
         start = start.replace(params=params, opt_state=tx.init(params))
 
-        def losses(loop):
+        def train(loop):
             def step(state, row):
                 batch = steps.gather(images, labels, row)
                 batch = batch.replace(images=images[row].astype(jnp.float64) / 255)
                 state, metrics = steps.train_step(state, batch, model=model, tx=tx)
                 return state, metrics.loss_sum / len(row)
 
-            return np.asarray(loop(step, start, rows)[1])
+            state, losses = loop(step, start, rows)
+            return state.params, np.asarray(losses)
 
         def one_by_one(step, state, rows):
             found, step = [], jax.jit(step)
@@ -282,7 +289,7 @@ def test_a_hundred_steps_follow_the_plain_convolution(monkeypatch, network):
                 found.append(loss)
             return state, found
 
-        ours = losses(jax.jit(lax.scan, static_argnums=0))
+        params, ours = train(jax.jit(lax.scan, static_argnums=0))
         pool = partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
 
         def conv_relu(x, kernel, bias, padding):
@@ -292,10 +299,11 @@ def test_a_hundred_steps_follow_the_plain_convolution(monkeypatch, network):
         monkeypatch.setattr(layers, "conv_relu_pool", lambda *operands: pool(conv_relu(*operands)))
         monkeypatch.setattr(models, "conv_relu_twice", lambda x, first, second: second(first(x)))
         # In a loop on CPU it is many times slower.
-        plain = losses(one_by_one)
+        plain_params, plain = train(one_by_one)
     assert ours.dtype == np.float64 and (ours != plain).any()
     assert np.mean(ours[-10:]) < np.mean(ours[:10])
     np.testing.assert_allclose(ours, plain, rtol=1e-9)
+    assert_equal(params, plain_params, rtol=1e-6, atol=1e-9)
 
 
 def test_an_epoch_is_its_steps_one_after_the_other(epoch_setting):
@@ -338,3 +346,50 @@ def test_state_is_determined_by_the_seed():
     assert_equal(first, again)
     assert (first.params["Dense_0"]["kernel"] != other.params["Dense_0"]["kernel"]).any()
     assert (first.key != other.key).any()
+
+
+def test_images_of_the_wrong_scale_are_refused():
+    model = models.create("larger")
+    start, train_step = setting(model)
+    data = uniform(0, (8, 28, 28, 1)), integers(1, 8, 10)
+    epoch = partial(steps.train_epoch, model=model, tx=optim.without_schedule("adam"))
+    with pytest.raises(UserError, match="uint8 in .*, and here are float32: scaled ones make a"):
+        jax.eval_shape(epoch, start, *data, integers(2, (2, 4), 8))
+    batch = random_batch(4)
+    with pytest.raises(UserError, match="floating-point numbers in .*, and here are uint8"):
+        jax.eval_shape(train_step, start, batch.replace(images=batch.images.astype(jnp.uint8)))
+
+
+def test_an_epoch_in_float64_takes_numpys_arrays():
+    with jax.enable_x64(True):
+        model, tx = models.create("larger", dtype=jnp.float64), optim.without_schedule("adam")
+        start = random_state(model, tx)
+        images, labels = np.zeros((8, 28, 28, 1), np.uint8), np.arange(8)
+        rows = np.arange(8, dtype=np.int32).reshape(2, 4)
+        epoch = partial(steps.train_epoch, model=model, tx=tx)
+        _, metrics = jax.eval_shape(lambda state: epoch(state, images, labels, rows), start)
+        score = partial(steps.eval_epoch, model=model)
+        scored = jax.eval_shape(
+            lambda params: score({"params": params}, images, labels, rows), start.params
+        )
+    for sums in (metrics, scored):
+        assert (sums.loss_sum.dtype, sums.correct.dtype) == (jnp.float32, jnp.int32)
+
+
+def test_losses_of_16_bit_logits_are_in_float32():
+    logits = jnp.array([[1.0, 2.0, 3.0]], jnp.bfloat16)
+    batch = steps.Batch(jnp.zeros((1, 1, 1, 1)), jnp.array([1]), jnp.ones(1))
+    metrics = steps.measure(logits, batch)
+    assert metrics.loss_sum.dtype == jnp.float32
+    np.testing.assert_allclose(metrics.loss_sum, np.log(1 + np.exp(1) + np.exp(-1)), rtol=1e-6)
+
+
+def test_a_network_may_want_to_be_told_whether_it_trains():
+    class Strict(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(3)(x.reshape(len(x), -1))
+
+    tx = optim.without_schedule("adam")
+    start = jax.eval_shape(lambda: state.create(0, Strict(), tx, (2, 2, 1)))
+    assert start.params["Dense_0"]["kernel"].shape == (4, 3)

@@ -81,7 +81,7 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         metrics=["accuracy"],
         steps_per_execution=multiple,
         # Keras's own choice on TensorFlow is XLA on a GPU, and not on a CPU.
-        jit_compile=True if variant == "jit" else "auto",
+        jit_compile={"jit": True, "nojit": False}.get(variant, "auto"),
     )
     # The batches of the epoch, one after the other.
     order = data.rows.ravel()
