@@ -44,7 +44,7 @@ def run(main: Callable[[], None]) -> None:
         reason = str(error).splitlines()[0]
         print(
             f"error: the device has too little memory ({reason}): free some, or train with a lower "
-            "batch_size or num_seeds",
+            "batch_size or num_seeds, or with data.loader=stream",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import kernels, limits, recipes, reproduce, suite, throughput
+from benchmarks import kernels, limits, recipes, reproduce, seeds, startup, suite, throughput
 from mnist_flax import datasets, environment, models, state
 from mnist_flax.errors import UserError
 
@@ -144,6 +144,30 @@ def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path, monkeypatch):
         assert 0 < measured["compile_seconds"] < measured["first_step_seconds"]
     assert (tmp_path / "throughput_cpu_digits.md").read_text() == throughput.table(results)
     assert (tmp_path / "throughput_cpu_digits.png").stat().st_size > 10_000
+
+
+def test_an_epoch_of_mnist_from_the_command_line(tmp_path, mnist):
+    # By a process of its own, as of a child that forks from this one the system would count what
+    # this one holds.
+    flags = ["--scripts", "mnist_flax", "--repetitions=1", f"--results={tmp_path}"]
+    subprocess.run([sys.executable, "-m", "benchmarks.startup", *flags], check=True)
+    result = json.loads((tmp_path / "startup_cpu.json").read_text())
+    assert (result["network"], list(result["runs"])) == ("larger", ["mnist_flax"])
+    (run,) = result["runs"]["mnist_flax"]
+    assert 0 < run["first_step"] < run["whole_process"]
+    # Below 1 GiB.
+    assert 200 < run["peak_memory_mib"] < 1024
+    assert (tmp_path / "startup_cpu.md").read_text() == startup.table(result)
+
+
+def test_several_seeds_from_the_command_line(tmp_path):
+    arguments = "--networks baseline --seeds 1 2 --repetitions 1 --seconds 0.1"
+    seeds.main([*arguments.split(), f"--results={tmp_path}"])
+    result = json.loads((tmp_path / "seeds_cpu.json").read_text())
+    speeds = result["images_per_second"]["baseline"]
+    assert {count: len(values) for count, values in speeds.items()} == {"1": 1, "2": 1}
+    assert min(speeds["1"] + speeds["2"]) > 0
+    assert (tmp_path / "seeds_cpu.md").read_text() == seeds.table(result)
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,13 @@ def test_all_of_a_folder_is_synced(tmp_path, monkeypatch):
     files.sync(tmp_path / "a")
     assert synced == [str(tmp_path / path) for path in ("a", "a/b", "a/b/c")]
 
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.sync(tmp_path / "a")
+
 
 def test_checkpoints_that_a_run_deletes_meanwhile_are_not_damaged(tmp_path, start, recwarn):
     folder = saved(tmp_path / "c", start, [None, None])

@@ -33,7 +33,9 @@ def test_too_little_memory_is_one_sentence(exit_code, capsys):
     assert exit_code(lambda: jnp.zeros(2**50).block_until_ready()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: the device has too little memory (RESOURCE_EXHAUSTED: ")
-    assert error.endswith("): free some, or train with a lower batch_size or num_seeds\n")
+    assert error.endswith(
+        "): free some, or train with a lower batch_size or num_seeds, or with data.loader=stream\n"
+    )
     assert error.count("\n") == 1
 
 

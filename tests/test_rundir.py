@@ -3,6 +3,7 @@ import fcntl
 import json
 import os
 import secrets
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -309,13 +310,11 @@ def test_a_url_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.local("~/run") == tmp_path / "run"
-    monkeypatch.setenv("TFDS_DATA_DIR", "s3://bucket/data")
     config = config_lib.default()
-    for refused in (
-        lambda: train.train_and_evaluate(config, "gs://bucket/run"),
-        lambda: trained.load("gs://bucket/run"),
-        lambda: datasets.load("mnist", "test"),
-    ):
-        with pytest.raises(UserError, match=r"://bucket/\w+ is a URL: name a folder"):
-            refused()
+    for refused in (partial(train.train_and_evaluate, config), trained.load):
+        with pytest.raises(UserError, match="gs://bucket/run is a URL: name a folder"):
+            refused("gs://bucket/run")
+    monkeypatch.setenv("TFDS_DATA_DIR", "s3://bucket/data")
+    with pytest.raises(UserError, match="s3://bucket/data is a URL: name a folder"):
+        datasets.load("mnist", "test")
     assert not any(tmp_path.iterdir())
