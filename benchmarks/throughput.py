@@ -52,8 +52,10 @@ PEERS = {
     OURS: Kind("ours"),
     "flax-loop": Kind("flax_loop"),
     "keras-tf": Kind("keras_fit", "", ("keras", "tensorflow"), "tensorflow"),
-    "keras-tf-jit": Kind("keras_fit", "jit", ("keras", "tensorflow"), "tensorflow", "cpu"),
-    "keras-tf-nojit": Kind("keras_fit", "nojit", ("keras", "tensorflow"), "tensorflow", "gpu"),
+    "keras-tf-jit": Kind("keras_fit", "jit", ("keras", "tensorflow"), "tensorflow", device="cpu"),
+    "keras-tf-nojit": Kind(
+        "keras_fit", "nojit", ("keras", "tensorflow"), "tensorflow", device="gpu"
+    ),
     "keras-tf-steps": Kind("keras_fit", "steps", ("keras", "tensorflow"), "tensorflow"),
     "keras-jax": Kind("keras_fit", "", ("keras",), "jax"),
     "torch": Kind("torch_loop", "eager", ("torch",)),

@@ -63,8 +63,8 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
     existing = nearest(run_dir)
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     # A finished run is only shown.
-    summary = run_dir / "summary.json"
-    if not writable and not files.exists(summary):
+    finished = files.exists(run_dir / "summary.json")
+    if not writable and not finished:
         raise UserError(
             f"the run folder {run_dir} cannot be written, as {existing} is not a writable "
             "folder: name another with --workdir"
@@ -72,7 +72,7 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
     if not files.exists(run_dir):
         return
     folder = checkpoints(run_dir)
-    if not files.exists(summary) and os.path.lexists(folder) and not folder.is_dir():
+    if not finished and os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"{folder} is no folder, or on a disk that is not there: see to that first")
     # A start that was killed may leave its lock, a file half-written under another name, and no
     # checkpoint yet.
@@ -90,12 +90,12 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
     metrics = run_dir / "metrics.jsonl"
     rows = metrics.read_bytes().count(b"\n") if files.exists(metrics) else 0
     # The third row is written when the first checkpoint is.
-    if not steps and not files.exists(summary) and rows > 2:
+    if not steps and not finished and rows > 2:
         raise UserError(
             f"the checkpoints of the run in {run_dir}, which has trained {rows} epochs, are gone: "
             "put them back, or name another folder with --workdir"
         )
-    if files.exists(summary) or steps - {"0"}:
+    if finished or steps - {"0"}:
         fixed = (stored | given).keys() - _MAY_DIFFER
     else:
         # Nothing was trained that could be lost; step 0 is a network from elsewhere.
