@@ -151,8 +151,9 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
         UserError: the kernel does not fit into the image.
     """
     conv_output_size(x.shape[1:3], kernel.shape[:2], padding)
-    forms = {"on_cpu": cpu_conv.conv_relu, "default": xla_conv.conv_relu}
-    return _by_platform(x, kernel, bias, **forms, padding=padding)
+    return _by_platform(
+        x, kernel, bias, on_cpu=cpu_conv.conv_relu, default=xla_conv.conv_relu, padding=padding
+    )
 
 
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
@@ -168,8 +169,14 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
         UserError: the kernel does not fit into the image, or the pool into the output.
     """
     pooling.check(conv_output_size(x.shape[1:3], kernel.shape[:2], padding))
-    forms = {"on_cpu": cpu_conv.conv_relu_pool, "default": xla_conv.conv_relu_pool}
-    return _by_platform(x, kernel, bias, **forms, padding=padding)
+    return _by_platform(
+        x,
+        kernel,
+        bias,
+        on_cpu=cpu_conv.conv_relu_pool,
+        default=xla_conv.conv_relu_pool,
+        padding=padding,
+    )
 
 
 def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
@@ -187,8 +194,13 @@ def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
     if second.pool:
         pooling.check(size)
     x = x.astype(weights[0].dtype)
-    forms = {"on_cpu": conv_pair.conv_relu_twice, "default": xla_conv.conv_relu_twice}
-    return _by_platform(x, *weights, **forms, pool=second.pool)
+    return _by_platform(
+        x,
+        *weights,
+        on_cpu=conv_pair.conv_relu_twice,
+        default=xla_conv.conv_relu_twice,
+        pool=second.pool,
+    )
 
 
 # Compiled by itself where nothing around it is, as it would be anew in every call otherwise.
