@@ -1,10 +1,41 @@
-"""What a measurement ran on."""
+"""When, by which code and on what something is measured."""
 
 import os
 import subprocess
+from collections.abc import Iterable
+from datetime import date
+from typing import Any
 
+from benchmarks.recipes import ROOT
 from mnist_flax import environment
 from mnist_flax.errors import UserError
+
+# Of peers; those of this package's own results are environment.versions.
+PEERS = ("keras", "tensorflow", "torch")
+
+
+def origin(device: str, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """What a result has to say of itself: date, commit, hardware, and versions, also of `packages`.
+
+    Raises:
+        UserError: the device is a GPU, and there is none.
+    """
+    versions = environment.versions() | {name: environment.version_of(name) for name in packages}
+    return {
+        "measured": date.today().isoformat(),
+        "commit": commit(),
+        "hardware": describe(device),
+        "versions": versions,
+    }
+
+
+def commit() -> str | None:
+    """The commit checked out, with "-dirty" where files differ from it; None without Git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def describe(device: str) -> str:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks import hardware, recipes, suite
-from mnist_flax import batches, cli, datasets, environment, epochs, loaders, models, parallel, parts
+from mnist_flax import batches, cli, datasets, epochs, loaders, models, parallel, parts
 from mnist_flax import state as state_lib
 
 
@@ -40,8 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     device = "cpu" if jax.default_backend() == "cpu" else "gpu"
     result = {
         "network": args.network,
-        "hardware": hardware.describe(device),
-        "versions": environment.versions(),
+        **hardware.origin(device),
         "images_per_second": speeds,
     }
     file = args.results / f"input_pipeline_{device}.json"

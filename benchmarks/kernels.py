@@ -16,8 +16,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import recipes, suite
-from mnist_flax import cli, environment, models, parts, state, steps, xla_conv
+from benchmarks import hardware, recipes, suite
+from mnist_flax import cli, models, parts, state, steps, xla_conv
 from mnist_flax.errors import UserError
 
 STEPS = 10
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         network: {name: count(compiled(network, *kind, device)) for name, kind in KINDS.items()}
         for network in args.networks
     }
-    result = {"hardware": "NVIDIA H200", "versions": environment.versions(), "kernels": counts}
+    result = hardware.origin("cpu") | {"hardware": "NVIDIA H200", "kernels": counts}
     text = table(result)
     suite.write(result, args.results / "kernels_gpu.json", text)
     print(text)

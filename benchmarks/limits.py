@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import hardware, recipes, scaling, suite
-from mnist_flax import cli, environment, models, parallel, parts, steps, summary
+from mnist_flax import cli, models, parallel, parts, steps, summary
 from mnist_flax.config import COMPUTE_DTYPES
 from mnist_flax.errors import UserError
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measured))
         return
 
-    machine = hardware.describe(args.device)
+    origin = hardware.origin(args.device)
     kind = args.device if args.dtype == "float32" else f"{args.device}_{args.dtype}"
     file = args.results / f"limits_{kind}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -105,8 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         sizes = sorted({usual, *(args.batch_sizes or BATCH_SIZES[args.device])})
         results[network] = {
             "device": args.device,
-            "hardware": machine,
-            "versions": environment.versions(),
+            **origin,
             "batch_size": usual,
             "ceilings": [],
             "work": work(network, args.dtype)._asdict(),

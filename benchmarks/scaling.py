@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import hardware, recipes, suite, worker
-from mnist_flax import cli, environment, models
+from mnist_flax import cli, models
 from mnist_flax.errors import UserError
 
 AXES = {
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     if not isinstance(models.create(args.network), models.CNN):
         raise UserError(f"{args.network} has no width: choose another network")
     suite.check_installed(("the plot", "matplotlib"))
-    machine = hardware.describe(args.device)
+    origin = hardware.origin(args.device)
     usual = {
         "batch_size": recipes.config(args.network).batch_size,
         "examples": 60_000,
@@ -58,8 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         result = {
             "network": args.network,
             "usual": usual,
-            "hardware": machine,
-            "versions": environment.versions(),
+            **origin,
             "points": [
                 {"point": point, "runs": runs} for point, runs in zip(points, measured, strict=True)
             ],

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import hardware, scaling, suite
-from mnist_flax import cli, environment, models
+from mnist_flax import cli, models
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     suite.check_installed(("the plot", "matplotlib"))
-    machine = hardware.describe(args.device)
+    origin = hardware.origin(args.device)
 
     speeds = {network: {count: [] for count in args.seeds} for network in args.networks}
     for repetition in range(args.repetitions):
@@ -34,11 +34,7 @@ def main(argv: list[str] | None = None) -> None:
                 found.append(run["images_per_second"])
                 done = f"{repetition + 1}/{args.repetitions}"
                 print(f"{done} {network}, {count} seeds: {found[-1]:,.0f} images/s", flush=True)
-        result = {
-            "hardware": machine,
-            "versions": environment.versions(),
-            "images_per_second": speeds,
-        }
+        result = origin | {"images_per_second": speeds}
         file = args.results / f"seeds_{args.device}.json"
         suite.write(result, file, table(result))
         plot(result, file.with_suffix(".png"))

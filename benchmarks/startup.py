@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     able = suite.able({name: packages for name, (_, packages) in SCRIPTS.items()}, args.scripts)
     # Ours is always measured: the ratios are to it.
     scripts = list({OURS: None} | dict.fromkeys(able))
-    machine = hardware.describe(args.device)
+    origin = hardware.origin(args.device, hardware.PEERS)
 
     runs = {script: [] for script in scripts}
     with tempfile.TemporaryDirectory() as folder:
@@ -65,12 +65,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(
                     f"{done} {script}: first step {first:.1f} s, process {whole:.1f} s", flush=True
                 )
-    result = {
-        "network": args.network,
-        "hardware": machine,
-        "versions": suite.versions(),
-        "runs": runs,
-    }
+    result = {"network": args.network, **origin, "runs": runs}
     file = args.results / f"startup_{args.device}.json"
     suite.write(result, file, table(result))
     titles = {

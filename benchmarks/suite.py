@@ -16,7 +16,6 @@ from mnist_flax import cli, environment, files
 from mnist_flax.errors import UserError
 
 FOLDER = Path(__file__).parent / "results"
-_PEERS = ("keras", "tensorflow", "torch")
 
 
 def parser(name: str, doc: str, repetitions: int | None = 5) -> argparse.ArgumentParser:
@@ -101,11 +100,6 @@ def able(packages: dict[str, Sequence[str]], asked: Sequence[str] | None) -> lis
         else:
             found.append(name)
     return found
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what determines a result, and of the packages of the peers."""
-    return environment.versions() | {name: environment.version_of(name) for name in _PEERS}
 
 
 def write(result: dict[str, Any], file: Path, text: str) -> None:

@@ -106,19 +106,17 @@ def main(argv: list[str] | None = None) -> None:
     # Ours is always measured: the ratios are to it.
     able = suite.able({peer: PEERS[peer].packages for peer in possible}, args.peers)
     peers = list({OURS: None} | dict.fromkeys(able))
-    machine = hardware.describe(args.device)
+    origin = hardware.origin(args.device, hardware.PEERS)
     unusual = [value for value in (args.dtype, args.dataset) if value not in ("float32", "mnist")]
     file = args.results / f"{'_'.join(['throughput', args.device, *unusual])}.json"
     measured = json.loads(file.read_text()) if file.exists() else {}
     missing = []
     for network in args.networks:
         measured[network] = {
-            "measured": time.strftime("%Y-%m-%d"),
+            **origin,
             "batch_size": recipes.config(network).batch_size,
             "dataset": args.dataset,
             "seconds_a_turn": args.seconds,
-            "hardware": machine,
-            "versions": suite.versions(),
             "peers": measure(network, peers, args),
         }
         missing += [f"{p} of {network}" for p in peers if p not in measured[network]["peers"]]

@@ -1,15 +1,29 @@
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
+from datetime import date
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import kernels, limits, recipes, reproduce, seeds, startup, suite, throughput
+from benchmarks import (
+    hardware,
+    input_pipeline,
+    kernels,
+    limits,
+    recipes,
+    reproduce,
+    scaling,
+    seeds,
+    startup,
+    suite,
+    throughput,
+)
 from mnist_flax import datasets, environment, models, state
 from mnist_flax.errors import UserError
 
@@ -168,6 +182,73 @@ def test_several_seeds_from_the_command_line(tmp_path):
     assert {count: len(values) for count, values in speeds.items()} == {"1": 1, "2": 1}
     assert min(speeds["1"] + speeds["2"]) > 0
     assert (tmp_path / "seeds_cpu.md").read_text() == seeds.table(result)
+
+
+def test_scaling_along_each_axis(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+    def run(network, device, seconds, point):
+        assert (network, device, seconds) == ("convnet", "cpu", 0.5)
+        speed = 1000 * point["width"] + point["batch_size"] + point["examples"] / 60_000
+        return {"images_per_second": speed, "peak_memory_mib": 300.0}
+
+    monkeypatch.setattr(scaling, "run", run)
+    monkeypatch.setattr(
+        scaling, "AXES", {"batch_size": (8, 32), "examples": (6_000,), "width": (2,)}
+    )
+    scaling.main(["--repetitions=2", "--seconds=0.5", f"--results={tmp_path}"])
+    result = json.loads((tmp_path / "scaling_cpu.json").read_text())
+    assert result["usual"] == {"batch_size": 64, "examples": 60_000, "width": 1}
+    text = (tmp_path / "scaling_cpu.md").read_text()
+    assert "| batch size | 32 | 1,033 (1,033 to 1,033) | 300 MiB |" in text
+    assert "| width | 2 | 2,065 (2,065 to 2,065) | 300 MiB |" in text
+    assert (tmp_path / "scaling_cpu.png").stat().st_size > 10_000
+
+
+def test_each_way_of_bringing_images_from_the_command_line(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    datasets.load("digits", "train")
+    arguments = "--network baseline --dataset digits --repetitions 1"
+    input_pipeline.main([*arguments.split(), f"--results={tmp_path}"])
+    result = json.loads((tmp_path / "input_pipeline_cpu.json").read_text())
+    speeds = result["images_per_second"]
+    assert list(speeds) == ["tfds", "grain", "train, stream", "train, resident"]
+    assert all(speed > 0 for (speed,) in speeds.values())
+    assert (tmp_path / "input_pipeline_cpu.md").read_text() == input_pipeline.table(result)
+
+
+def test_a_result_says_which_commit_gave_it(tmp_path, monkeypatch):
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+
+    def git(*arguments):
+        command = [
+            "git",
+            "-C",
+            str(tmp_path),
+            "-c",
+            "user.name=x",
+            "-c",
+            "user.email=x",
+            *arguments,
+        ]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(hardware, "ROOT", tmp_path)
+    assert hardware.commit() is None
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "--short", "HEAD")
+    assert hardware.origin("cpu", ["numpy", "no-such-package"]) == {
+        "measured": date.today().isoformat(),
+        "commit": head,
+        "hardware": hardware.describe("cpu"),
+        "versions": environment.versions() | {"no-such-package": None},
+    }
+    (tmp_path / "code.py").write_text("2")
+    assert hardware.commit() == f"{head}-dirty"
 
 
 @pytest.mark.parametrize(
