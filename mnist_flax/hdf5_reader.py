@@ -26,6 +26,7 @@ _MOST_BYTES = 2**30
 # Keras does not compress, and trained weights cannot be compressed far.
 _MOST_EXPANSION = 10
 _MOST_CONFIG_BYTES = 2**20
+_MOST_ARRAYS = 1000
 _MOST_CONTENT_BYTES = 2**22
 _MOST_MEMORY = 2**32
 
@@ -93,8 +94,11 @@ Layers = Iterable[tuple[str, list[h5py.Dataset]]]
 def _content(config: str | None, named: str, layers: Layers, size: int):
     # Arrays that are stored as a whole cannot take more than their file, unless several are one.
     most = min(size, _MOST_BYTES)
-    arrays, described, total = {}, [], 0
+    arrays, described, opened, total = {}, [], 0, 0
     for name, datasets in layers:
+        opened += len(datasets)
+        if opened > _MOST_ARRAYS:
+            raise ValueError(f"its layers name more than {_MOST_ARRAYS:,} arrays")
         entries = []
         for dataset in datasets:
             key = f"array{len(arrays)}"
@@ -111,7 +115,7 @@ def _content(config: str | None, named: str, layers: Layers, size: int):
 
 
 def _problem(dataset: h5py.Dataset) -> str | None:
-    if dataset.dtype not in (np.float16, np.float32):
+    if dataset.dtype.newbyteorder("=") not in (np.float16, np.float32):
         # Which HDF5 does not know: Keras stores it as two bytes.
         kind = "bfloat16" if dataset.dtype == "V2" else dataset.dtype
         return f"{dataset.name} is {kind}: have the model's weights in float32 and save it again"
@@ -119,7 +123,7 @@ def _problem(dataset: h5py.Dataset) -> str | None:
     # unpack to any size.
     whole = dataset.id.get_storage_size() == dataset.nbytes
     if dataset.chunks or dataset.is_virtual or dataset.external or not whole:
-        return f"{dataset.name} is not stored as Keras stores it"
+        return f"{dataset.name} is not stored as Keras stores it: load it there and save it again"
     if dataset.file.attrs.get("backend") in ("theano", b"theano"):
         return "Theano mirrors kernels: load it in Keras 2 on TensorFlow and save it again"
     return None
@@ -130,7 +134,7 @@ def _legacy(group: h5py.Group) -> Layers:
     for name in _texts(group, "layer_names"):
         layer = _member_of(group, name, h5py.Group)
         paths = _texts(layer, "weight_names")
-        yield name, _floats(_member_of(layer, path, h5py.Dataset) for path in paths)
+        yield name, _weights(_member_of(layer, path, h5py.Dataset) for path in paths)
 
 
 def _numbered(file: h5py.File) -> Layers:
@@ -150,12 +154,12 @@ def _numbered(file: h5py.File) -> Layers:
     for name in sorted(layers, key=lambda name: int((re.findall(r"_(\d+)$", name) or [0])[0])):
         group = _member_of(*layers[name], h5py.Group)
         variables = _member_of(group, "vars", h5py.Group)
-        yield name, _floats(_member_of(variables, key, h5py.Dataset) for key in sorted(variables))
+        yield name, _weights(_member_of(variables, key, h5py.Dataset) for key in sorted(variables))
 
 
-def _floats(datasets: Iterable[h5py.Dataset]) -> list[h5py.Dataset]:
-    # Dropout may keep the state of its random generator, in whole numbers.
-    return [dataset for dataset in datasets if dataset.dtype.kind not in "iu"]
+def _weights(datasets: Iterable[h5py.Dataset]) -> list[h5py.Dataset]:
+    # Dropout may keep the state of its random generator, two whole numbers.
+    return [d for d in datasets if not (d.dtype.kind in "iu" and d.shape == (2,))]
 
 
 def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:

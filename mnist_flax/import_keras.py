@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from mnist_flax.state import TrainState, root_key
 def main() -> None:
     parser = cli.parser("mnist_flax.import_keras", __doc__)
     parser.add_argument("file", metavar="FILE", type=Path, help="what Keras saved")
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a new or empty folder")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="a new or empty folder")
     parser.add_argument(
         "--model", help=f"the network, where the file leaves it open: {', '.join(models.names())}"
     )
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def import_file(
-    path: Path, run_dir: Path, name: str | None = None, dataset: str = "mnist"
+    path: Path, run_dir: str | Path, name: str | None = None, dataset: str = "mnist"
 ) -> tuple[ConfigDict, bool]:
     """Makes a run folder, at step 0, with the weights of a Keras file.
 
@@ -186,16 +187,20 @@ def params_of(
     """
     shapes = _shapes(model, image_shape)
     layers = _layers(content, model)
+    for array in chain.from_iterable(content.weights):
+        if array.problem:
+            raise UserError(array.problem)
     if [len(arrays) for arrays in content.weights] != [2] * len(layers):
-        raise UserError("its weights are not those of its layers: save the model again")
+        raise UserError(
+            "its weights are not those of its layers, a kernel and a bias each: save the model "
+            "again, and not quantised"
+        )
     params = {}
     for layer, arrays in zip(layers, content.weights, strict=True):
         params[layer] = {}
         for key, array in zip(("kernel", "bias"), arrays, strict=True):
             if array.shape != (shape := shapes[layer][key].shape):
                 raise UserError(f"the {key} of {layer} has the shape {array.shape}, not {shape}")
-            if array.problem:
-                raise UserError(array.problem)
             if not np.isfinite(array.values).all():
                 raise UserError(f"the {key} of {layer} has numbers that are NaN or infinite")
             params[layer][key] = array.values

@@ -172,17 +172,22 @@ def _content(archive: dict[str, np.ndarray]) -> Content:
     layers = {name: [array(entry) for entry in entries] for name, entries in found["layers"]}
     if found["config"] is None:
         dropouts, pools = _count(layers, "dropout"), None
-        if found["named"] == "numbered":
-            if foreign := keras_layers.foreign(layers):
-                raise UserError(
-                    f"it has layers that none of the seven networks has: {', '.join(foreign)}"
-                )
+        numbered = found["named"] == "numbered"
+        if foreign := keras_layers.foreign(layers, numbered):
+            raise UserError(
+                f"it has layers that none of the seven networks has: {', '.join(foreign)}"
+            )
+        if numbered:
             # Layers without weights are all there, or none is.
             if not all(layers.values()):
                 pools = _count(layers, "max_pooling2d")
             # The convolutions come first, in each of the seven networks.
             layers = dict(sorted(layers.items(), key=lambda item: item[0].startswith("dense")))
-        return Content(None, [arrays for arrays in layers.values() if arrays], dropouts, pools)
+            return Content(None, [arrays for arrays in layers.values() if arrays], dropouts, pools)
+        # A model within the model is one layer: kernel and bias of each of its layers in turn.
+        arrays = [array for of_layer in layers.values() for array in of_layer]
+        pairs = [arrays[i : i + 2] for i in range(0, len(arrays), 2)]
+        return Content(None, pairs, dropouts, pools)
     network = keras_layers.describe(json.loads(found["config"]))
     if found["named"] == "numbered":
         layers = _by_own_name(layers, network.order)

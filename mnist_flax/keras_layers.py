@@ -4,6 +4,7 @@ A network is a list of nodes, each after its inputs and the result last. Read fr
 from a Linen module, equal networks give equal lists, whatever their layers are called.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -23,6 +24,13 @@ _NUMBERED = re.compile(
     r"(input_layer|reshape|conv2d|max_pooling2d|concatenate|flatten|dense|dropout"
     r"|activation|re_lu|softmax)(_\d+)?"
 )
+# What Keras calls layers that have no weights and that none of the seven networks has, where one
+# that computes something else has the same weights.
+_FOREIGN = re.compile(
+    r"(average_pooling2d|global_(average|max)_pooling2d|zero_padding2d|cropping2d|up_sampling2d"
+    r"|rescaling|permute|lambda|elu|leaky_re_lu|thresholded_re_lu|add|average|maximum|multiply"
+    r"|subtract)(_\d+)?|tf[._].*"
+)
 # Options that the seven networks leave alone, and how Keras writes that.
 _USUAL = {
     "use_bias": (True,),
@@ -40,6 +48,8 @@ _ACTIVATIONS = {
     "Activation relu": "relu",
     "Activation softmax": "softmax",
     "ReLU": "relu",
+    # The operation.
+    "Relu": "relu",
     "Softmax": "softmax",
 }
 _MOST_PIXELS, _MOST_CHANNELS = 1024, 1024
@@ -199,7 +209,7 @@ def describe(config: Config) -> Described:
             if taken == (-1,):
                 shape = options.get("batch_shape") or options.get("batch_input_shape") or shape
                 if reshapes:
-                    shape = [None, *options["target_shape"]]
+                    shape = _reshaped(shape, options["target_shape"])
             text = _text(kind, options)
             if taken == (-1,) and (kind == "InputLayer" or reshapes):
                 result[name] = -1
@@ -225,6 +235,14 @@ def describe(config: Config) -> Described:
         nodes[-1] = Node(f"{nodes[-1].text} softmax", nodes[-1].inputs)
     order = [(name, layer["class_name"]) for name, layer in layers.items()]
     return Described(nodes, node_names, _image_shape(shape), order)
+
+
+def _reshaped(batch_shape: Any, target: list[int]) -> list[int | None]:
+    """A batch's shape after a Reshape, in which one size may be -1: what the others leave."""
+    if batch_shape and target.count(-1) == 1:
+        left = math.prod(batch_shape[1:]) // -math.prod(target)
+        target = [left if size == -1 else size for size in target]
+    return [None, *target]
 
 
 def _image_shape(batch_shape: Any) -> tuple[int, ...] | None:
@@ -284,9 +302,16 @@ def numbered(kinds: Iterable[str]) -> list[str]:
     return names
 
 
-def foreign(names: Iterable[str]) -> list[str]:
-    """Which layers, called by class and number, are of classes that no network has."""
-    return sorted(name for name in names if not _NUMBERED.fullmatch(name))
+def foreign(names: Iterable[str], numbered: bool) -> list[str]:
+    """Which layers are of classes that no network has.
+
+    Args:
+        names: what they are called: by class and number, or where not `numbered`, by names that
+            may be a user's own.
+    """
+    if numbered:
+        return sorted(name for name in names if not _NUMBERED.fullmatch(name))
+    return sorted(name for name in names if _FOREIGN.fullmatch(name))
 
 
 def _kind(layer: Config) -> str:
@@ -355,6 +380,9 @@ def _activation(options: Config) -> Any:
         # What TensorFlow calls its `tf.nn.softmax`.
         case "softmax_v2" | {"class_name": "function", "config": "softmax_v2"}:
             return "softmax"
+        # A layer as an activation.
+        case {"class_name": "Activation" | "ReLU" | "Softmax" as kind, "config": dict(inner)}:
+            return _ACTIVATIONS.get(_text(kind, inner), activation)
     return activation
 
 
@@ -395,6 +423,8 @@ def _inbound(calls: list) -> list[str]:
 
 
 def _output(outputs: Any) -> str:
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
     if outputs and isinstance(outputs, list):
         if isinstance(outputs[0], str):
             return outputs[0]

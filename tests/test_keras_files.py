@@ -175,6 +175,44 @@ def test_weights_of_keras_2_alone_are_read(tmp_path):
     assert_equal(params, run.variables["params"])
 
 
+def legacy_weights(path, layers):
+    """What Keras 2 saves as weights alone: arrays of each layer by its name."""
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = list(layers)
+        for name, arrays in layers.items():
+            group = file.create_group(name)
+            group.attrs["weight_names"] = [f"{name}/{i}" for i in range(len(arrays))]
+            for i, array in enumerate(arrays):
+                group[f"{name}/{i}"] = array
+
+
+@pytest.mark.usefixtures("read_here")
+def test_weights_alone_of_a_model_within_a_model_are_read(tmp_path):
+    # As in TensorFlow's `Sequential([model, Softmax()])`.
+    params = loaded("baseline").variables["params"]
+    inner = [params[name][key] for name in sorted(params) for key in ("kernel", "bias")]
+    legacy_weights(tmp_path / "model.h5", {"sequential": inner, "softmax": []})
+    content = keras_files.read(tmp_path / "model.h5")
+    # It does not say what dropout there is.
+    with pytest.raises(UserError, match="baseline.*but for its dropout: say which with --model"):
+        import_keras.recognise(content, None)
+    found = import_keras.recognise(content, "baseline")
+    assert_equal(import_keras.params_of(content, *found[1:]), params)
+
+
+@pytest.mark.parametrize("name", ["average_pooling2d_1", "rescaling", "tf.math.truediv", "permute"])
+@pytest.mark.usefixtures("read_here")
+def test_weights_alone_among_layers_that_compute_something_else_are_refused(name, tmp_path):
+    params = loaded("baseline").variables["params"]
+    layers = {each: [params[each]["kernel"], params[each]["bias"]] for each in sorted(params)}
+    layers["dropout"] = layers["my_own_pool"] = []
+    legacy_weights(tmp_path / "model.h5", layers)
+    assert taken(tmp_path / "model.h5") == "baseline"
+    legacy_weights(tmp_path / "model.h5", layers | {name: []})
+    with pytest.raises(UserError, match=f"none of the seven networks has: {re.escape(name)}"):
+        taken(tmp_path / "model.h5")
+
+
 @pytest.mark.parametrize("separator", ["/", "\\"])
 @pytest.mark.parametrize("place", ["layers", "_layer_checkpoint_dependencies"])
 def test_keras_2_calls_the_layers_otherwise(place, separator, tmp_path):
@@ -349,6 +387,15 @@ def test_the_programs(tmp_path, capsys, monkeypatch):
         export_keras.main()
 
 
+def test_a_run_folder_that_is_a_url_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["import_keras", str(FOLDER / FILES[0]), "gs://bucket/run"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(UserError, match="gs://bucket/run is a URL: name a folder of this machine"):
+        import_keras.main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_weights_alone_leave_open_is_said(tmp_path, capsys, monkeypatch):
     path = str(tmp_path / "model.weights.h5")
     export_keras.export_file(loaded("baseline"), Path(path))
@@ -518,6 +565,48 @@ def test_an_activation_may_be_a_layer_of_its_own(kind, options, tmp_path):
     assert taken(changed_config(tmp_path, activation_apart(kind, options))) == "larger"
 
 
+@pytest.mark.parametrize(
+    "layer_or_operation",
+    [
+        {"class_name": "ReLU", "config": {"name": "a", "max_value": None, "negative_slope": 0.0}},
+        {"class_name": "Activation", "config": {"name": "a", "activation": "relu"}},
+    ],
+)
+@pytest.mark.usefixtures("read_here")
+def test_a_layer_may_be_the_activation_of_another(layer_or_operation, tmp_path):
+    def change(layers):
+        layer(layers, "dense")["activation"] = layer_or_operation
+
+    assert taken(changed_config(tmp_path, change)) == "larger"
+    layer_or_operation["config"] |= {"activation": "tanh", "max_value": 6.0}
+    with pytest.raises(UserError, match="none of larger"):
+        taken(changed_config(tmp_path, change))
+
+
+def test_the_operation_relu_is_an_activation():
+    config = json.loads((FOLDER / "branched_keras3.json").read_text())
+    expected = keras_layers.describe(config).nodes
+    layers = config["config"]["layers"]
+    dense = next(each for each in layers if each["name"] == "dense_3")
+    after = next(each for each in layers if each["name"] == "dense_4")
+    dense["config"]["activation"] = "linear"
+    (call,) = json.loads(json.dumps(after["inbound_nodes"]))
+    after["inbound_nodes"][0]["args"][0]["config"]["keras_history"][0] = "relu"
+    operation = {"class_name": "Relu", "name": "relu", "config": {"name": "relu"}}
+    layers.append(operation | {"module": "keras.src.ops.nn", "inbound_nodes": [call]})
+    assert keras_layers.describe(config).nodes == expected
+
+
+def test_a_network_may_name_its_output():
+    config = json.loads((FOLDER / "branched_keras3.json").read_text())
+    expected = keras_layers.describe(config)
+    config["config"]["output_layers"] = {"digit": config["config"]["output_layers"]}
+    assert keras_layers.describe(config) == expected
+    config["config"]["output_layers"]["again"] = config["config"]["output_layers"]["digit"]
+    with pytest.raises(UserError, match="has other than one output"):
+        keras_layers.describe(config)
+
+
 @pytest.mark.parametrize("name", ["softmax_v2", "softmax"])
 @pytest.mark.usefixtures("read_here")
 def test_tensorflows_softmax_is_one(name, tmp_path):
@@ -638,6 +727,25 @@ def test_operations_in_front_are_said():
     first |= {"class_name": "Reshape", "config": {"name": first["name"]}}
     first["registered_name"] = None
     assert keras_layers.describe(config).nodes[0].text == "Reshape"
+
+
+@pytest.mark.parametrize(
+    ("image", "target"), [((28, 28), [28, 28, -1]), ((784,), [-1, 28, 1]), ((784,), [28, 28, 1])]
+)
+def test_one_size_of_a_reshape_may_be_left_open(image, target):
+    layers = [
+        {"class_name": "InputLayer", "config": {"name": "in", "batch_shape": [None, *image]}},
+        {"class_name": "Reshape", "config": {"name": "reshape", "target_shape": target}},
+        {"class_name": "Flatten", "config": {"name": "flat"}},
+    ]
+    config = {"class_name": "Sequential", "config": {"name": "s", "layers": layers}}
+    assert keras_layers.describe(config).image_shape == (28, 28, 1)
+    # What the sizes are of is not said.
+    del layers[0]
+    config["config"]["build_input_shape"] = None
+    if -1 in target:
+        with pytest.raises(UserError, match="its images are of the shape"):
+            keras_layers.describe(config)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "28", 1025, 10**30])
@@ -831,8 +939,9 @@ def theano(parent, kernel):
         (virtual, "not stored as Keras"),
         (lambda p, k: p.create_dataset("kernel:0", data=k, compression="gzip"), "not stored as"),
         (lambda p, k: p.create_dataset("kernel:0", k.shape, "f4"), "not stored as Keras"),
-        (lambda p, k: p.create_dataset("kernel:0", (2**40,), "f4", chunks=(8,)), "has the shape"),
-        (lambda p, k: p.create_dataset("kernel:0", data=k.astype(int)), "not those of its layers"),
+        (lambda p, k: p.create_dataset("kernel:0", (2**40,), "f4", chunks=(8,)), "not stored as"),
+        # As a quantised model has it.
+        (lambda p, k: p.create_dataset("kernel:0", data=k.astype("i1")), "is int8: have"),
         (lambda p, k: p.create_dataset("kernel:0", data=k.astype("f8")), "is float64: have"),
         (lambda p, k: p.create_dataset("kernel:0", data=k[0, 0, 0]), "has the shape"),
         (lambda p, k: p.create_dataset("kernel:0", (0, 0, 0, 0), "f4"), "has the shape"),
@@ -845,6 +954,36 @@ def theano(parent, kernel):
 def test_a_hostile_array_is_not_read(make, message, tmp_path):
     with pytest.raises(UserError, match=message):
         taken(kernel_replaced(tmp_path, make))
+
+
+@pytest.mark.usefixtures("read_here")
+def test_numbers_may_be_stored_the_other_way_round(tmp_path):
+    swapped = lambda p, k: p.create_dataset("kernel:0", data=k.astype(">f4"))  # noqa: E731
+    content = keras_files.read(kernel_replaced(tmp_path, swapped))
+    kernel = content.weights[0][0].values
+    assert kernel.dtype == np.dtype("float32") and kernel.dtype.isnative
+    np.testing.assert_array_equal(kernel, fixture_params()["Conv_0"]["kernel"])
+
+
+@pytest.mark.usefixtures("read_here")
+def test_the_state_of_a_random_generator_is_no_weight(tmp_path):
+    path = tmp_path / "model.h5"
+    shutil.copy(FOLDER / FILES[0], path)
+    with h5py.File(path, "a") as file:
+        layer = file["model_weights/dropout"]
+        layer["seed_generator_state"] = np.array([7, 1], np.int64)
+        layer.attrs["weight_names"] = ["seed_generator_state"]
+    assert taken(path) == "larger"
+
+
+@pytest.mark.usefixtures("read_here")
+def test_arrays_without_end_are_refused(tmp_path):
+    with h5py.File(tmp_path / "many.h5", "w") as file:
+        file.create_dataset("layer/array", (3,), "f8")
+        file["layer"].attrs["weight_names"] = ["array"] * 600
+        file.attrs["layer_names"] = ["layer"] * 2
+    with pytest.raises(UserError, match="its layers name more than 1,000 arrays"):
+        keras_files.read(tmp_path / "many.h5")
 
 
 @pytest.mark.usefixtures("read_here")
