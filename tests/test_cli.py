@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -108,3 +109,26 @@ def test_a_reader_that_closes_the_output_ends_it_quietly():
     os.close(writer)
     assert done.returncode == 128 + signal.SIGPIPE
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+def test_a_signal_that_is_ignored_or_handled_stays_so(handler, monkeypatch):
+    # As `nohup` has SIGHUP ignored.
+    monkeypatch.setattr(environment, "keep_compiled", lambda: None)
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        cli.run(lambda: None)
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_fault_of_jax_that_is_not_about_memory_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(environment, "keep_compiled", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def main():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a fault")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: a fault"):
+        cli.run(main)

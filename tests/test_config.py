@@ -65,6 +65,9 @@ def test_recipes_take_the_embedded_digits(recipe):
         ("epochs", -1, "epochs=-1 must be at least 1"),
         ("seed", -1, "seed=-1 must be 0 or more"),
         ("seed", 2**32, "below 2**32"),
+        ("num_seeds", 0, "num_seeds=0 must be at least 1"),
+        ("parallel", -1, "parallel=-1 must be 0 or more"),
+        ("data.loader", "streem", "data.loader='streem' is unknown; did you mean 'stream'?"),
         ("checkpoint.every_steps", -5, "checkpoint.every_steps=-5 must be 0 or more"),
         ("learning_rate", 0.0, "learning_rate=0.0 must be a number above 0 in float32"),
         ("learning_rate", float("nan"), "learning_rate=nan must be a number above 0 in float32"),
@@ -126,3 +129,9 @@ def test_unknown_and_missing_keys_are_refused():
 def test_an_unknown_override_of_a_recipe_fails():
     with pytest.raises(UserError, match="'data.trainsplit'; did you mean 'data.train_split'"):
         config_lib.recipe("x", "mnist", data__trainsplit="train")
+
+
+def test_a_run_is_called_after_recipe_and_data_set():
+    assert config_lib.recipe("larger", "mnist").name == "larger"
+    # A folder may be called after it.
+    assert config_lib.recipe("larger", "emnist/letters").name == "larger-emnist-letters"

@@ -13,6 +13,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urljoin
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_digits_are_those_of_scikit_learn_in_the_order_of_its_file():
     np.testing.assert_array_equal(train.labels, expected.target[:1500])
     np.testing.assert_array_equal(test.labels, expected.target[1500:])
     images = np.concatenate([train.images, test.images])[..., 0]
-    assert images[:, 4:24, 4:24].any(axis=0).any() and images.max() == 255
+    assert images.max() == 255
     frame = np.ones((28, 28), bool)
     frame[4:24, 4:24] = False
     assert not images[:, frame].any()
@@ -568,3 +569,46 @@ def test_the_rest_of_the_mnist_family_is_prepared_from_its_files(
         found = datasets.load(name, split, manual_dir="" if downloaded else str(tmp_path))
         pairs = zip(found.images[..., 0], found.labels, strict=True)
         assert {(image.tobytes(), int(label)) for image, label in pairs} == expected
+
+
+def test_images_of_16_bits_are_refused():
+    features = tfds.features
+    label = features.ClassLabel(num_classes=2)
+
+    def keys(dtype):
+        image = features.Image(shape=(8, 8, 1), dtype=dtype)
+        both = features.FeaturesDict({"image": image, "label": label})
+        info = SimpleNamespace(features=both, supervised_keys=None)
+        return builders.feature_keys(SimpleNamespace(name="x_rays", info=info))
+
+    assert keys(np.uint8) == ("image", "label")
+    with pytest.raises(UserError, match="'x_rays' is not for .*it needs an 8-bit image"):
+        keys(np.uint16)
+
+
+def test_a_slice_over_splits_of_two_sizes_is_refused(monkeypatch):
+    def whole(builder, split):
+        size = 28 if split == "train" else 27
+        return datasets.Arrays(np.zeros((2000, 28, size, 1), np.uint8), np.zeros(2000, np.int32))
+
+    monkeypatch.setattr(datasets, "_whole_split", whole)
+    assert len(datasets.load("digits", "train[:3]+train[9:10]").labels) == 4
+    with pytest.raises(UserError, match="the images of digits differ in size: take splits of one"):
+        datasets.load("digits", "train[:3]+test[:1]")
+
+
+def test_data_lies_where_tfds_keeps_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert datasets._data_dir() == tmp_path / "tensorflow_datasets"
+    # Which is TFDS's own default.
+    assert str(tfds.core.constants.DATA_DIR).endswith("/tensorflow_datasets")
+
+
+def test_what_has_to_be_installed_to_read_a_data_set_is_named(monkeypatch):
+    def as_data_source(builder, split):
+        raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "as_data_source", as_data_source)
+    with pytest.raises(UserError, match=r"digits cannot be read .*: install pyarrow$"):
+        datasets.open_slice("digits", "train")

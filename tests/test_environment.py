@@ -108,3 +108,24 @@ def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):
     assert environment.free_memory()[0] == 700_000
     (tmp_path / "memory.max").write_text("max\n")
     assert environment.free_memory()[0] > 0.5 * without
+
+
+def test_a_cache_folder_that_cannot_be_written_is_left_alone(cache_folder, monkeypatch):
+    # Not chmod, as root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    environment.keep_compiled()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_device_with_a_memory_of_its_own_has_what_is_not_in_use(monkeypatch):
+    def device(stats):
+        return [SimpleNamespace(memory_stats=lambda: stats)]
+
+    monkeypatch.setattr(
+        jax, "local_devices", lambda: device({"bytes_limit": 90, "bytes_in_use": 20})
+    )
+    assert environment.free_memory()[1] == 70
+    # One that has no memory of its own, or does not tell.
+    for stats in (None, {"bytes_in_use": 20}):
+        monkeypatch.setattr(jax, "local_devices", lambda stats=stats: device(stats))
+        assert environment.free_memory()[1] is None

@@ -259,6 +259,20 @@ def test_real_keras_loads_what_is_exported(keras, name, suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_what_is_exported_computes_in_float32_wherever_keras_is_set_otherwise(
+    keras, suffix, tmp_path
+):
+    run, path = loaded("larger"), tmp_path / f"model{suffix}"
+    export_keras.export_file(run, path)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = keras.models.load_model(path)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert {layer.compute_dtype for layer in model.layers} == {"float32"}
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
 def test_what_is_exported_has_channels_last_wherever_keras_is_set_otherwise(
     keras, suffix, tmp_path
 ):
@@ -396,6 +410,28 @@ def test_a_run_folder_that_is_a_url_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_network_and_data_set_can_be_named(tmp_path, monkeypatch):
+    def imported(*flags):
+        run_dir = tmp_path / "-".join(["run", *flags])
+        monkeypatch.setattr(
+            "sys.argv", ["import_keras", str(FOLDER / FILES[0]), str(run_dir), *flags]
+        )
+        import_keras.main()
+        return trained.load(run_dir).config
+
+    assert imported().data.name == "mnist"
+    assert imported("--dataset=kmnist").data.name == "kmnist"
+    with pytest.raises(UserError, match="its network is not convnet but larger"):
+        imported("--model=convnet")
+
+
+def test_the_suffix_is_looked_at_before_a_run_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(trained, "load", None)
+    monkeypatch.setattr("sys.argv", ["export_keras", str(tmp_path), str(tmp_path / "model.txt")])
+    with pytest.raises(UserError, match="must end in .keras, .weights.h5, .h5"):
+        export_keras.main()
+
+
 def test_what_weights_alone_leave_open_is_said(tmp_path, capsys, monkeypatch):
     path = str(tmp_path / "model.weights.h5")
     export_keras.export_file(loaded("baseline"), Path(path))
@@ -488,6 +524,8 @@ def layer(config, name):
         (lambda c: layer(c, "dense").update(activation="tanh"), "Dense 128 tanh"),
         (lambda c: layer(c, "conv2d").update(strides=[2, 2]), "30 5×5 valid strides 2×2 relu"),
         (lambda c: layer(c, "conv2d").update(padding="same"), "30 5×5 same relu"),
+        (lambda c: layer(c, "conv2d").update(dilation_rate=[2, 2]), "dilation_rate=[2, 2]"),
+        (lambda c: layer(c, "conv2d").update(groups=2), "groups=2"),
         (lambda c: layer(c, "max_pooling2d").update(strides=[1, 1]), "2×2 strides 1×1"),
         (lambda c: layer(c, "max_pooling2d").update(padding="same"), "MaxPooling2D 2×2 same"),
         (lambda c: layer(c, "flatten").update(data_format="channels_first"), "channels_first"),
@@ -644,6 +682,8 @@ def test_a_layer_may_be_called_with_inputs_by_name():
     [
         ("Activation", {"activation": "tanh"}, "Dense 128, Activation tanh"),
         ("ReLU", {"max_value": 6.0}, "Dense 128, ReLU max_value=6.0"),
+        ("ReLU", {"negative_slope": 0.1}, "Dense 128, ReLU negative_slope=0.1"),
+        ("ReLU", {"threshold": 1.0}, "Dense 128, ReLU threshold=1.0"),
         ("LeakyReLU", {}, "Dense 128, LeakyReLU"),
     ],
 )
@@ -712,6 +752,40 @@ def test_a_layer_called_with_arguments_is_refused():
     calls[0] = ["_CONSTANT_VALUE", -1, 1.0, {"y": ["input_1", 0, 0], "name": None}]
     with pytest.raises(UserError, match="calls a layer with further arguments"):
         keras_layers.describe(config)
+
+
+def test_a_layer_used_twice_or_a_second_output_is_said():
+    config = json.loads((FOLDER / "branched_keras3.json").read_text())
+    dense = config["config"]["layers"][-1]
+    dense["inbound_nodes"] *= 2
+    with pytest.raises(UserError, match="uses one layer several times"):
+        keras_layers.describe(config)
+    del dense["inbound_nodes"][1:]
+    first, last = config["config"]["layers"][-2]["name"], dense["name"]
+    config["config"]["output_layers"] = [[last, 0, 0], [first, 0, 0]]
+    with pytest.raises(UserError, match="has other than one output"):
+        keras_layers.describe(config)
+
+
+def test_an_activation_that_others_take_too_is_not_put_into_its_layer():
+    def tensor(name):
+        return {"class_name": "__keras_tensor__", "config": {"keras_history": [name, 0, 0]}}
+
+    def made(kind, name, *inputs, **options):
+        calls = [{"args": [[*map(tensor, inputs)]], "kwargs": {}}] if inputs else []
+        return {"class_name": kind, "config": {"name": name, **options}, "inbound_nodes": calls}
+
+    layers = [
+        made("InputLayer", "in", batch_shape=[None, 28, 28, 1]),
+        made("Flatten", "flat", "in"),
+        made("Dense", "dense", "flat", units=3, activation="linear"),
+        made("ReLU", "relu", "dense"),
+        made("Concatenate", "both", "relu", "dense"),
+    ]
+    inner = {"layers": layers, "output_layers": ["both", 0, 0]}
+    nodes = keras_layers.describe({"class_name": "Functional", "config": inner}).nodes
+    assert [node.text for node in nodes] == ["Flatten", "Dense 3", "ReLU", "Concatenate"]
+    assert nodes[-1].inputs == (2, 1)
 
 
 def test_operations_in_front_are_said():
@@ -1164,3 +1238,35 @@ def test_paths_that_cannot_be_are_one_sentence(tmp_path):
             export_keras.export_file(loaded("larger"), path)
         with pytest.raises(UserError, match="cannot be (used|written)"):
             import_keras.import_file(FOLDER / FILES[0], path)
+
+
+def test_a_long_reason_is_cut(tmp_path):
+    with (
+        pytest.raises(UserError) as error,
+        keras_files.as_user_error(tmp_path / "model.h5"),
+    ):
+        raise UserError("x" * 10_000)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.usefixtures("read_here")
+def test_half_precision_is_read_and_widened(tmp_path):
+    half = lambda p, k: p.create_dataset("kernel:0", data=k.astype("f2"))  # noqa: E731
+    kernel = keras_files.read(kernel_replaced(tmp_path, half)).weights[0][0].values
+    assert kernel.dtype == np.float32
+    expected = fixture_params()["Conv_0"]["kernel"]
+    np.testing.assert_array_equal(kernel, expected.astype(np.float16).astype(np.float32))
+
+
+def test_a_network_of_very_many_layers_is_refused():
+    layers = [{"class_name": "Flatten", "config": {"name": f"flat{i}"}} for i in range(101)]
+    config = {"class_name": "Sequential", "config": {"name": "s", "layers": layers}}
+    with pytest.raises(UserError, match="a network of 101 layers, none of the seven"):
+        keras_layers.describe(config)
+
+
+def test_names_without_number_are_refused(tmp_path):
+    with h5py.File(tmp_path / "many.h5", "w") as file:
+        file.attrs["layer_names"] = ["x"] * 1001
+    with pytest.raises(UserError, match="the attribute layer_names has 1,001 entries"):
+        keras_files.read(tmp_path / "many.h5")

@@ -315,6 +315,22 @@ def test_dense_product_has_the_gradients_of_dot_general(batch, dtype, on_cpu, mo
         np.testing.assert_allclose(actual, expected, atol=tolerance)
 
 
+@pytest.mark.parametrize("batch", [8, 9])
+def test_a_dense_kernels_gradient_in_bfloat16_is_summed_in_float32(batch):
+    x, g = (normal(seed, (batch, n), jnp.bfloat16) for seed, n in ((0, 300), (1, 200)))
+    kernel, numbers = normal(2, (300, 200), jnp.bfloat16), (((1,), (0,)), ((), ()))
+    _, pullback = jax.vjp(lambda kernel: dense.dot_general(x, kernel, numbers), kernel)
+    exact = np.asarray(x, np.float32).T @ np.asarray(g, np.float32)
+    # The one rounding is the result's own.
+    np.testing.assert_allclose(pullback(g)[0].astype(jnp.float32), exact, rtol=2**-8, atol=1e-5)
+
+
+def test_a_dense_product_takes_more_axes():
+    x, kernel = normal(0, (2, 5, 3)), normal(1, (3, 4))
+    y = dense.dot_general(x, kernel, (((2,), (0,)), ((), ())))
+    np.testing.assert_allclose(y, np.asarray(x) @ np.asarray(kernel), rtol=1e-5)
+
+
 def test_a_precision_asked_of_a_dense_product_is_kept():
     operands, numbers = (normal(0, (9, 3)), normal(1, (3, 2))), (((1,), (0,)), ((), ()))
     product = partial(dense.dot_general, dimension_numbers=numbers, precision="highest")

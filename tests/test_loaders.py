@@ -1,5 +1,6 @@
 import os
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -244,3 +245,16 @@ def test_a_stream_refuses_what_cannot_be_read_or_has_no_label(tmp_path):
         rows = np.array([[[0, index]]], np.int32)
         with pytest.raises(UserError, match=message):
             list(loaders.Streamed(examples, parallel.single_mesh()).pieces(rows, 1))
+
+
+def test_a_stream_holds_a_few_pieces_and_no_more(streamed, monkeypatch):
+    held, prefetch = [], grain.experimental.ThreadPrefetchIterDataset
+
+    def counted(parent, prefetch_buffer_size):
+        held.append(prefetch_buffer_size)
+        return prefetch(parent, prefetch_buffer_size=prefetch_buffer_size)
+
+    monkeypatch.setattr(grain.experimental, "ThreadPrefetchIterDataset", counted)
+    assert len(list(streamed.pieces(ROWS, 1))) == 3
+    # One that is read and one that is sent, beside the one that is trained on.
+    assert held == [1, 1]

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mnist_flax import main, report
+from mnist_flax import main, report, signals
 from mnist_flax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -61,6 +62,22 @@ def test_runs_started_in_one_second_have_folders_of_their_own(monkeypatch):
     for _ in range(20):
         main.main()
     assert len(set(folders)) == 20 and folders[0].startswith("runs/larger-digits-2")
+
+
+def test_the_command_that_goes_on_names_the_folder_of_the_run(monkeypatch, capsys):
+    folders = []
+
+    def stopped(config, folder):
+        folders.append(folder)
+        raise signals.Stopped(signal.SIGTERM, saved=True)
+
+    config, _ = parse(monkeypatch, LARGER)
+    monkeypatch.setattr(main.train, "train_and_evaluate", stopped)
+    monkeypatch.setattr(main, "parse", lambda: (config, None))
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert f"mnist_flax.main {LARGER} --workdir={folders[0]}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -255,3 +272,13 @@ def test_networks_alone_are_imported_without_training():
         "assert not {'orbax', 'tensorflow_datasets', 'ml_collections'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ, cwd=REPOSITORY)
+
+
+def test_the_readme_s_own_loop_runs(monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (loop,) = [block for block in blocks if "train_step" in block]
+    names = {"images": np.zeros((2, 28, 28, 1), np.float32), "labels": np.array([3, 25], np.int32)}
+    exec(loop, names)
+    assert names["logits"].shape == (2, 26) and int(names["metrics"].count) == 2
+    code = "import mnist_flax; mnist_flax.config.default(); mnist_flax.train_and_evaluate; "
+    subprocess.run([sys.executable, "-c", f"{code}mnist_flax.load"], check=True, cwd=REPOSITORY)

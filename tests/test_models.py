@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 import flax.linen as nn
@@ -278,6 +279,21 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(name):
     assert (logits != logits.astype(jnp.bfloat16)).mean() > 0.9
     exact = quick_jit(models.create(name).apply)({"params": params}, images)
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
+    # And every layer before them in bfloat16.
+    _, seen = jax.eval_shape(
+        lambda: model.apply(
+            {"params": params}, images, capture_intermediates=True, mutable="intermediates"
+        )
+    )
+    outputs = {
+        layer: found["__call__"][0]
+        for layer, found in seen["intermediates"].items()
+        if layer != "__call__"
+    }
+    last = max(layer for layer in outputs if layer.startswith("Dense"))
+    assert len(outputs) > 6 and {
+        layer for layer, y in outputs.items() if y.dtype != jnp.bfloat16
+    } == {last}
 
 
 def test_an_unknown_network_is_refused():
@@ -291,6 +307,15 @@ def test_summary_table(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "Conv_1 (Conv)          (None, 10, 10, 15)       4,065\n" in out
     assert "Total parameters: 59,933 (0.23 MiB in float32)" in out
+
+
+def test_summary_of_other_images_and_classes(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["summary", "larger", "--image-shape=32,32,3", "--classes=4"])
+    summary.main()
+    out = capsys.readouterr().out
+    assert "input                  (None, 32, 32, 3)" in out
+    assert re.search(r"Conv_0 \(Conv\) +\(None, 28, 28, 30\) +2,280\n", out)
+    assert re.search(r"Dense_2 \(Dense\) +\(None, 4\) +204\n", out)
 
 
 @pytest.mark.parametrize("shape", ["28,28", "a,b,c", "0,28,1"])

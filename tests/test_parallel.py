@@ -3,6 +3,7 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -156,3 +157,40 @@ def test_cores_are_devices_where_the_batch_is_large_enough():
     with pytest.raises(subprocess.CalledProcessError) as error:
         devices_of_a_new_process(parallel=10 * cores)
     assert f"asks for more devices than there are: {cores}" in error.value.stderr
+
+
+def test_of_several_gpus_one_trains_unless_more_are_asked_for(monkeypatch):
+    gpus = [SimpleNamespace(platform="gpu", process_index=0) for _ in range(4)]
+
+    def meshed(devices, shape):
+        return SimpleNamespace(shape=shape, local_devices=devices)
+
+    monkeypatch.setattr(parallel, "devices", lambda: gpus)
+    monkeypatch.setattr(parallel, "_mesh", meshed)
+    monkeypatch.setattr(environment, "device_name", lambda: "a GPU")
+    config = config_lib.default()
+    assert parallel.mesh(config).shape == (1, 1)
+    config.num_seeds = 2
+    assert parallel.mesh(config).shape == (1, 1)
+    config.parallel = 4
+    assert parallel.mesh(config).shape == (2, 2)
+
+
+@pytest.mark.parametrize("seeds_at_once", [1, 4])
+def test_seeds_of_a_gpu_must_fit_into_its_memory(seeds_at_once, monkeypatch):
+    config = config_lib.default()
+    config.model, config.num_seeds, config.parallel = "baseline", 8, seeds_at_once
+    mesh = parallel.mesh(config)
+    model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
+    state = parts.abstract_state(config, model, tx, (28, 28, 1), mesh)
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    # Weights and two moments, and a few numbers more.
+    assert needed == pytest.approx(8 * 3 * 4 * 592_074, rel=1e-3)
+    for lacking in (0, 1):
+        free = (1, needed // seeds_at_once - lacking)
+        monkeypatch.setattr(environment, "free_memory", lambda free=free: free)
+        if not lacking:
+            parts.abstract_state(config, model, tx, (28, 28, 1), mesh)
+            continue
+        with pytest.raises(UserError, match="8 seeds need 0.1 GiB .* are free: set a lower num_s"):
+            parts.abstract_state(config, model, tx, (28, 28, 1), mesh)

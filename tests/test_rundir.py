@@ -102,8 +102,16 @@ def test_where_the_data_lies_may_change(tmp_path):
     config = config_lib.default()
     rundir.write_config(tmp_path, config)
     (rundir.checkpoints(tmp_path) / "300").mkdir(parents=True)
+    before = config.to_dict()
     config.data.manual_dir = "elsewhere"
     rundir.check(tmp_path, config)
+    rundir.check_trained(tmp_path, before, config)
+    # As an earlier version leaves it, which knew less, or a later one, which knows more.
+    del before["compute_dtype"]
+    rundir.check_trained(tmp_path, before | {"later": 1}, config)
+    before["batch_size"] = 1
+    with pytest.raises(UserError, match="batch_size is 1 there and 200 now"):
+        rundir.check_trained(tmp_path, before, config)
 
 
 @pytest.mark.parametrize(

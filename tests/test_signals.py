@@ -1,5 +1,8 @@
 import os
 import signal
+from contextlib import suppress
+
+import pytest
 
 from mnist_flax import signals
 
@@ -68,3 +71,14 @@ def test_what_is_written_to_a_terminal_that_is_gone_is_lost():
             os.dup2(file, descriptor)
             os.close(file)
         os.close(terminal)
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_signals_act_as_before_once_it_is_over(error):
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(signum) for signum in kinds]
+    with suppress(ValueError), signals.noted():
+        assert not set(before) & {signal.getsignal(signum) for signum in kinds}
+        if error:
+            raise error
+    assert [signal.getsignal(signum) for signum in kinds] == before

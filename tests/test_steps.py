@@ -393,3 +393,14 @@ def test_a_network_may_want_to_be_told_whether_it_trains():
     tx = optim.without_schedule("adam")
     start = jax.eval_shape(lambda: state.create(0, Strict(), tx, (2, 2, 1)))
     assert start.params["Dense_0"]["kernel"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_network_trains_in_bfloat16(name):
+    model = models.create(name, dtype=jnp.bfloat16)
+    start, step = setting(model)
+    after, metrics = jax.eval_shape(step, start, random_batch(16))
+    assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [
+        leaf.dtype for leaf in jax.tree.leaves(start)
+    ]
+    assert metrics.loss_sum.dtype == jnp.float32

@@ -117,7 +117,9 @@ def test_a_run_leaves_what_the_contract_says(whole_run):
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 6), (2, 12), (3, 18)]
     assert rows[2]["train_loss"] < rows[0]["train_loss"]
     assert rows[2]["train_accuracy"] * 90 == pytest.approx(round(rows[2]["train_accuracy"] * 90))
-    assert rows[2]["watch_accuracy"] * 60 == pytest.approx(round(rows[2]["watch_accuracy"] * 60))
+    watched = trained.load(run_dir).evaluate("train[90:150]")
+    assert rows[2]["watch_loss"] == pytest.approx(watched["loss"], rel=1e-5)
+    assert rows[2]["watch_accuracy"] == pytest.approx(watched["accuracy"])
 
 
 def test_the_score_is_that_of_the_last_epochs_parameters(whole_run):
@@ -780,3 +782,13 @@ def test_training_imports_what_it_uses(prepared, tmp_path):
     path = os.pathsep.join([str(tmp_path), os.getcwd()])
     environment = os.environ | {"PYTHONPATH": path, "TFDS_DATA_DIR": str(prepared)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize("loader", loaders.NAMES)
+def test_the_folder_of_the_official_files_is_looked_into(loader, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
+    config = small_config(**{"data.name": "mnist", "data.loader": loader})
+    config.data.manual_dir = str(tmp_path / "absent")
+    with pytest.raises(UserError, match="absent does not exist"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mnist_flax import config as config_lib
-from mnist_flax import datasets, evaluate, predict, scoring, train, trained
+from mnist_flax import datasets, evaluate, export_keras, predict, scoring, train, trained
 from mnist_flax.errors import UserError
 
 
@@ -69,6 +69,7 @@ def test_any_number_of_images_can_be_predicted(run, images, monkeypatch):
         (np.zeros((2, 32, 32, 3)), "do not fit this network"),
         (np.full((1, 28, 28, 1), 255.0), r"reach from 255 to 255: scale them to \[0, 1\]"),
         (np.full((1, 28, 28, 1), np.nan), "reach from nan to nan"),
+        (np.full((1, 28, 28, 1), -1.0), r"reach from -1 to -1: scale them to \[0, 1\]"),
         (np.zeros((1, 28, 28, 1), np.int64), "images are int64: give uint8"),
     ],
 )
@@ -118,6 +119,39 @@ def test_evaluate_prints_the_score(run_dir, run, capsys, monkeypatch):
     assert "baseline after step 20, on train[:50] of digits\n" in out
     right = round(trained.load(run_dir, step=20).evaluate("train[:50]")["accuracy"] * 50)
     assert f"{right / 50:.2%} ({right} of 50 right)" in out
+
+
+def test_predict_and_export_take_the_checkpoint_that_is_asked_for(
+    run_dir, images, tmp_path, capsys, monkeypatch
+):
+    Image.fromarray(images[0, ..., 0]).save(tmp_path / "digit.png")
+    for step in (20, 40):
+        expected = trained.load(run_dir, step=step).predict(images[:1])[0]
+        asked = ["predict", str(run_dir), str(tmp_path / "digit.png"), f"--step={step}"]
+        monkeypatch.setattr("sys.argv", asked)
+        predict.main()
+        assert f"class {expected.argmax()} ({expected.max():.1%})" in capsys.readouterr().out
+        path = tmp_path / f"{step}.weights.h5"
+        monkeypatch.setattr("sys.argv", ["export", str(run_dir), str(path), f"--step={step}"])
+        export_keras.main()
+        assert f"holds baseline after step {step}; in Python" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*asked, "--seed=1"])
+    with pytest.raises(UserError, match="has no seed 1"):
+        predict.main()
+
+
+def test_evaluate_looks_into_the_folder_of_the_official_files(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
+    run = trained.load(run_dir)
+    run.config.data.name, run.config.data.manual_dir = "mnist", str(tmp_path / "absent")
+    with pytest.raises(UserError, match="absent does not exist"):
+        run.evaluate("test")
+
+
+def test_a_data_set_of_more_classes_is_not_scored(run_dir, monkeypatch):
+    monkeypatch.setattr(datasets, "num_classes", lambda name: 26)
+    with pytest.raises(UserError, match="28×28×1 pixels in 26 classes.*takes 28×28×1 in 10"):
+        trained.load(run_dir).evaluate()
 
 
 def test_predict_reads_image_files(run_dir, run, images, tmp_path, capsys, monkeypatch):
