@@ -21,7 +21,7 @@ from mnist_flax import state as state_lib
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = suite.parser("input_pipeline", __doc__)
+    parser = suite.parser("input_pipeline", __doc__, device=False)
     parser.add_argument("--network", choices=models.names(), default="larger")
     parser.add_argument("--split", default="train", help="a TFDS slice")
     parser.add_argument("--dataset", default="mnist")

@@ -61,7 +61,7 @@ _NO_KERNEL = {"bitcast", "constant", "get-tuple-element", "iota", "parameter", "
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = suite.parser("kernels", __doc__, repetitions=None)
+    parser = suite.parser("kernels", __doc__, device=False, repetitions=None)
     parser.add_argument("--networks", nargs="+", choices=models.names(), default=models.names())
     args = parser.parse_args(argv)
     # Where there is no GPU, JAX would look for one in vain, and then know of no CUDA.

@@ -20,7 +20,6 @@ import math
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +33,6 @@ import numpy as np
 
 from benchmarks import hardware, recipes, scaling, suite
 from mnist_flax import cli, models, parallel, parts, steps, summary
-from mnist_flax.config import COMPUTE_DTYPES
 from mnist_flax.errors import UserError
 
 BATCH_SIZES = {"cpu": (128, 512), "gpu": (512, 2048, 8192)}
@@ -79,10 +77,8 @@ def work(network: str, dtype: str = "float32") -> Work:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = suite.parser("limits", __doc__, repetitions=3)
+    parser = suite.parser("limits", __doc__, dtype=True, repetitions=3)
     parser.add_argument("--networks", nargs="+", choices=models.names(), default=models.names())
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="float32")
     parser.add_argument(
         "--batch-sizes", nargs="+", type=suite.positive(int), help="beside the recipe's own"
     )
@@ -97,8 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     origin = hardware.origin(args.device)
-    kind = args.device if args.dtype == "float32" else f"{args.device}_{args.dtype}"
-    file = args.results / f"limits_{kind}.json"
+    file = args.results / f"limits_{suite.kind(args.device, args.dtype)}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     for network in args.networks:
         usual = recipes.config(network).batch_size
@@ -122,8 +117,9 @@ def main(argv: list[str] | None = None) -> None:
                 measured = scaling.run(network, args.device, args.seconds, point)
                 seen.append(measured["images_per_second"])
                 done = f"{repetition + 1}/{args.repetitions}"
-                print(f"{done} {network}, {size} images a step: {seen[-1]:,.0f} images/s")
-                sys.stdout.flush()
+                print(
+                    f"{done} {network}, {size} images a step: {seen[-1]:,.0f} images/s", flush=True
+                )
             if repetition == 0:
                 try:
                     results[network]["profile"] = run(args.device, {"network": network} | dtype)

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 from benchmarks import suite
 from benchmarks.recipes import ROOT
 from mnist_flax import cli, environment
-from mnist_flax.config import COMPUTE_DTYPES
 from mnist_flax.errors import UserError
 
 
@@ -51,7 +50,7 @@ RECIPES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = suite.parser("reproduce", __doc__, repetitions=None)
+    parser = suite.parser("reproduce", __doc__, dtype=True, repetitions=None)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument(
         "--seeds", type=suite.positive(int), help="seeds 0 to N-1; default: 5 to 40, by the recipe"
@@ -65,19 +64,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--add", action="store_true", help="do not repeat what the results have")
     parser.add_argument("--keras", action="store_true", help="train in Keras, as measured beside")
     parser.add_argument(
-        "--dtype", choices=COMPUTE_DTYPES, default="float32", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
-    )
-    parser.add_argument(
         "--busy", action="store_true", help="other work goes on beside: leave out the minutes"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="run folders")
     args = parser.parse_args(argv)
     if args.keras and args.dtype != "float32":
         raise UserError("in Keras the recipes are trained in float32 only: leave out --dtype")
-    kind = args.device if args.dtype == "float32" else f"{args.device}_{args.dtype}"
+    kind = suite.kind(args.device, args.dtype)
     file, runs = args.results / f"reproduce_{kind}.json", args.runs.absolute() / kind
     before = json.loads(file.read_text()) if file.exists() else {}
     env = os.environ | suite.on_device(args.device)

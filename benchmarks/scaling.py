@@ -29,7 +29,6 @@ AXES = {
 def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("scaling", __doc__, repetitions=3)
     parser.add_argument("--network", choices=models.names(), default="convnet")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument(
         "--seconds", type=suite.positive(float), default=3, help="training time of each point"
     )

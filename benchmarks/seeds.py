@@ -18,7 +18,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = suite.parser("seeds", __doc__, repetitions=3)
     parser.add_argument("--networks", nargs="+", choices=models.names(), default=models.names())
     parser.add_argument("--seeds", nargs="+", type=suite.positive(int), default=[1, 2, 4, 8])
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument(
         "--seconds", type=suite.positive(float), default=2, help="training time of each point"
     )

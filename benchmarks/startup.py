@@ -44,9 +44,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--network", choices=models.names(), default="larger")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, help="default: all there are")
     parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
-    parser.add_argument(
-        "--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
-    )
     args = parser.parse_args(argv)
     suite.check_installed(("the plot", "matplotlib"))
     able = suite.able({name: packages for name, (_, packages) in SCRIPTS.items()}, args.scripts)

@@ -13,20 +13,43 @@ from typing import Any
 
 from benchmarks.recipes import ROOT
 from mnist_flax import cli, environment, files
+from mnist_flax.config import COMPUTE_DTYPES
 from mnist_flax.errors import UserError
 
 FOLDER = Path(__file__).parent / "results"
 
 
-def parser(name: str, doc: str, repetitions: int | None = 5) -> argparse.ArgumentParser:
-    """The command line of `benchmarks.<name>`; with `repetitions`, their default, it has those."""
+def parser(
+    name: str, doc: str, repetitions: int | None = 5, device: bool = True, dtype: bool = False
+) -> argparse.ArgumentParser:
+    """The command line of `benchmarks.<name>`.
+
+    Args:
+        name, doc: of the script.
+        repetitions: the default of that flag; None leaves it out.
+        device, dtype: whether it has these flags.
+    """
     made = cli.parser(f"benchmarks.{name}", doc)
+    if device:
+        made.add_argument(
+            "--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
+        )
+    if dtype:
+        made.add_argument(
+            "--dtype", choices=COMPUTE_DTYPES, default="float32", help="default: %(default)s"
+        )
     if repetitions:
         made.add_argument(
             "--repetitions", type=positive(int), default=repetitions, help="default: %(default)s"
         )
     made.add_argument("--results", type=Path, default=FOLDER, help="folder to write to")
     return made
+
+
+def kind(device: str, dtype: str, dataset: str = "mnist") -> str:
+    """What the file of a result is called after: the device, and what is not as usual."""
+    unusual = [value for value in (dtype, dataset) if value not in ("float32", "mnist")]
+    return "_".join([device, *unusual])
 
 
 def positive(kind: type) -> Callable[[str], Any]:

@@ -31,7 +31,6 @@ import numpy as np
 
 from benchmarks import hardware, recipes, suite
 from mnist_flax import batches, cli, datasets, models
-from mnist_flax.config import COMPUTE_DTYPES
 from mnist_flax.errors import UserError
 
 OURS = "mnist_flax"
@@ -77,17 +76,11 @@ COSTS = "command to first step | of which building and compiling | peak memory"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = suite.parser("throughput", __doc__)
+    parser = suite.parser("throughput", __doc__, dtype=True)
     parser.add_argument(
         "--networks", nargs="+", choices=models.names(), default=models.names(), help="default: all"
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all for the device")
-    parser.add_argument(
-        "--device", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--dtype", choices=COMPUTE_DTYPES, default="float32", help="default: %(default)s"
-    )
     parser.add_argument(
         "--seconds",
         type=suite.positive(float),
@@ -107,8 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     able = suite.able({peer: PEERS[peer].packages for peer in possible}, args.peers)
     peers = list({OURS: None} | dict.fromkeys(able))
     origin = hardware.origin(args.device, hardware.PEERS)
-    unusual = [value for value in (args.dtype, args.dataset) if value not in ("float32", "mnist")]
-    file = args.results / f"{'_'.join(['throughput', args.device, *unusual])}.json"
+    kind = suite.kind(args.device, args.dtype, args.dataset)
+    file = args.results / f"throughput_{kind}.json"
     measured = json.loads(file.read_text()) if file.exists() else {}
     missing = []
     for network in args.networks:

@@ -12,7 +12,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mnist_flax import files
 from mnist_flax.errors import UserError
-from mnist_flax.state import TrainState, num_updates
+from mnist_flax.state import TrainState, num_bytes, num_updates
+
+Manager = ocp.CheckpointManager
 
 _METRIC = "watch_accuracy"
 # What a checkpoint takes beside its numbers, at most.
@@ -36,7 +38,7 @@ logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswit
 
 
 @contextmanager
-def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.CheckpointManager]:
+def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[Manager]:
     """An asynchronous manager of `folder`, closed on every way out.
 
     Closing waits for a save under way, so that none is lost.
@@ -70,18 +72,26 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Check
     try:
         if not read_only:
             _leave_out_damaged_metrics(folder)
-        manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        manager = Manager(folder.absolute(), options=options)
     except OSError as error:
         raise UserError(f"{folder} cannot be used ({_reason(error)}): see to that first") from error
     try:
         yield manager
-    finally:
-        with _as_user_error(folder):
-            try:
-                if not read_only:
-                    _sync_latest(manager)
-            finally:
-                manager.close()
+    except BaseException:
+        # What went wrong first is what is said.
+        with suppress(UserError):
+            _close(manager, folder, read_only)
+        raise
+    _close(manager, folder, read_only)
+
+
+def _close(manager: Manager, folder: Path, read_only: bool) -> None:
+    with _as_user_error(folder):
+        try:
+            if not read_only:
+                _sync_latest(manager)
+        finally:
+            manager.close()
 
 
 def _leave_out_damaged_metrics(folder: Path) -> None:
@@ -114,8 +124,8 @@ def _as_user_error(folder: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         raise UserError(
-            f"a checkpoint cannot be written to {folder} ({_reason(error)}): make room there and "
-            "start again"
+            f"a checkpoint cannot be written to {folder} ({_reason(error)}): "
+            f"{files.remedy(error)} and start again"
         ) from error
 
 
@@ -124,9 +134,19 @@ def _reason(error: Exception) -> str:
 
 
 def check_room(folder: os.PathLike, state: TrainState) -> None:
-    """Raises UserError if the disk of a folder has no room for a state, which may be abstract."""
-    leaves = jax.tree.leaves(state)
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + _BESIDE_BYTES
+    """Refuses a folder in which a state, which may be abstract, cannot be saved.
+
+    Orbax finds out in many threads at once, and those that wait for others wait five minutes.
+
+    Raises:
+        UserError: its disk has no room, or the folder cannot be written.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"a checkpoint cannot be written to {folder} (it is not a writable folder): see to "
+            "that and start again"
+        )
+    needed = num_bytes(state) + _BESIDE_BYTES
     if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(
             f"a checkpoint takes {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free on "
@@ -135,7 +155,7 @@ def check_room(folder: os.PathLike, state: TrainState) -> None:
 
 
 def save(
-    manager: ocp.CheckpointManager,
+    manager: Manager,
     state: TrainState,
     record: dict[str, Any],
     watch_accuracy: float | None = None,
@@ -155,13 +175,12 @@ def save(
     )
     metrics = None if watch_accuracy is None else {_METRIC: watch_accuracy}
     with _as_user_error(manager.directory):
-        # Before Orbax finds out in many threads at once.
         check_room(manager.directory, state)
         _sync_latest(manager)
         manager.save(step, args=args, metrics=metrics, force=True)
 
 
-def _sync_latest(manager: ocp.CheckpointManager) -> None:
+def _sync_latest(manager: Manager) -> None:
     """Waits for a save under way and has it outlast a power cut, for which Orbax does not care."""
     manager.wait_until_finished()
     if (step := manager.latest_step()) is not None:
@@ -170,7 +189,7 @@ def _sync_latest(manager: ocp.CheckpointManager) -> None:
         files.sync_one(Path(manager.directory))
 
 
-def put_aside(manager: ocp.CheckpointManager, step: int) -> None:
+def put_aside(manager: Manager, step: int) -> None:
     """Renames the checkpoints after `step`, which `restore` passed over, to STEP.damaged-...
 
     The manager would keep them instead of sound ones. What is damaged for one program may be
@@ -185,7 +204,7 @@ def put_aside(manager: ocp.CheckpointManager, step: int) -> None:
 
 
 def restore(
-    manager: ocp.CheckpointManager,
+    manager: Manager,
     like: Callable[[dict[str, Any]], TrainState],
     step: int | None = None,
 ) -> tuple[TrainState, dict[str, Any]] | None:

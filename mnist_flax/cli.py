@@ -5,9 +5,10 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
@@ -23,6 +24,7 @@ def run(main: Callable[[], None]) -> None:
     half-written, with 128 + the signal's number, as does a reader of the output that has closed it.
     """
     environment.keep_compiled()
+    warnings.showwarning = _show_warning
     # None where the caller has closed it.
     sys.stdout = sys.stdout or io.StringIO()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -57,7 +59,12 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _show_warning(message: Warning, *_: Any, **__: Any) -> None:
+    """One sentence, without the line of code that said it."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _drop_output() -> None:

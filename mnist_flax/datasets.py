@@ -55,7 +55,11 @@ def check_split(name: str, split: str) -> None:
 
 
 def overlap(name: str, split: str, other: str) -> bool:
-    """Whether two slices of a prepared data set have an example in common."""
+    """Whether two slices of a prepared data set have an example in common.
+
+    Raises:
+        UserError: as `check_split` does.
+    """
     from mnist_flax import builders
 
     builder = builders.create(name, _data_dir())
@@ -93,7 +97,8 @@ def load(name: str, split: str, manual_dir: str = "") -> Arrays:
 
     Raises:
         UserError: what `check_split` finds; a set that can be neither found, downloaded nor
-          prepared; a wrong or missing file in `manual_dir`; images of several sizes.
+          prepared; files that are damaged, or need a package that is not installed; a wrong or
+          missing file in `manual_dir`; images of several sizes or without a label.
     """
     from mnist_flax import builders
 

@@ -11,8 +11,9 @@ def main() -> None:
     args = parser.parse_args()
     run = trained.load(args.run_dir, args.step, args.seed)
     split = run.config.data.test_split if args.split is None else args.split
+    score = run.evaluate(split)
     print(f"{run.config.model} after step {run.step:,}, on {split} of {run.config.data.name}")
-    report.score(run.evaluate(split), "Test" if split == run.config.data.test_split else split)
+    report.score(score, "Test" if split == run.config.data.test_split else split)
 
 
 if __name__ == "__main__":

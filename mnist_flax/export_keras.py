@@ -18,7 +18,7 @@ def main() -> None:
     parser = cli.run_parser("mnist_flax.export_keras", __doc__)
     parser.add_argument("file", metavar="FILE", type=Path, help="a new file")
     args = parser.parse_args()
-    check_path(args.file)
+    _check_path(args.file)
     run = trained.load(args.run_dir, args.step, args.seed)
     export_file(run, args.file)
     print(f"{args.file} holds {run.config.model} after step {run.step:,}; in Python:")
@@ -34,7 +34,7 @@ def export_file(run: Trained, path: Path) -> None:
     Raises:
         UserError: the suffix is none of Keras's, or the file exists or cannot be written.
     """
-    check_path(path)
+    _check_path(path)
     nodes = keras_layers.nodes_of(run.model)
     config, names = keras_layers.config_of(nodes, run.image_shape)
     linen_names = keras_layers.linen_names(nodes)
@@ -46,7 +46,7 @@ def export_file(run: Trained, path: Path) -> None:
     keras_files.write(path, config, layers)
 
 
-def check_path(path: Path) -> None:
+def _check_path(path: Path) -> None:
     """Refuses a file that `export_file` would not write.
 
     Raises:

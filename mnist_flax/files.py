@@ -1,5 +1,6 @@
 """Writing a file as a whole, and what outlasts a power cut."""
 
+import errno
 import os
 import secrets
 from collections.abc import Callable
@@ -40,6 +41,13 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         sync_one(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remedy(error: Exception) -> str:
+    """What to do where something could not be written."""
+    # Of errors of other libraries there is a text alone.
+    full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "RESOURCE_EXHAUSTED")
+    return "make room there" if any(text in str(error) for text in full) else "see to that"
 
 
 def exists(path: Path) -> bool:

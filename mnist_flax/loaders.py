@@ -7,6 +7,7 @@ such a piece, to compile for. The same rows give the same batches from either, s
 bit for bit the same.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -83,10 +84,14 @@ class Streamed:
     def __init__(self, examples: "Examples", mesh: Mesh):
         self._examples, self._mesh = examples, mesh
         self.size, self.image_shape = len(examples), examples.image_shape
-        self.most = max(1, _STREAMED_BYTES // int(np.prod(self.image_shape)))
+        self.most = max(1, _STREAMED_BYTES // math.prod(self.image_shape))
 
     def pieces(self, rows: np.ndarray, length: int) -> Iterator[Piece]:
-        """The steps of `rows`, int32 [steps, seeds, B], in pieces of at most `length`."""
+        """The steps of `rows`, int32 [steps, seeds, B], in pieces of at most `length`.
+
+        Raises:
+            UserError: an example cannot be read, has no label or is of another size.
+        """
         # Here, as a run with resident data does not need it.
         import grain
 
@@ -140,9 +145,12 @@ def create(loader: str, name: str, split: str, manual_dir: str, mesh: Mesh) -> L
 
     Raises:
         UserError: the data cannot be had, or does not fit into memory.
+        ValueError: there is no such loader.
     """
     if loader == "stream":
         return Streamed(datasets.open_slice(name, split, manual_dir), mesh)
+    if loader != "resident":
+        raise ValueError(f"loader is {loader!r}: give one of {', '.join(NAMES)}")
     _check_memory(name, split, manual_dir)
     return Resident(datasets.load(name, split, manual_dir), mesh)
 

@@ -24,7 +24,7 @@ _NAME_A_RECIPE = "name a recipe: --config=configs/larger.py or --config=configs/
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
-        print(f"{__doc__}\nKEY and its default is one of:")
+        print(f"{__doc__}\nKEY is one of these; what a recipe does not set is:")
         for key, value in config_lib.flatten(config_lib.default()).items():
             print(f"  {key}={value}")
         return
@@ -102,7 +102,7 @@ def _unusable(error: BaseException) -> UserError:
         return error
     if isinstance(error, OSError):
         error = error.__cause__ or error
-    return UserError(f"the recipe file cannot be used ({error!r})")
+    return UserError(f"the recipe file cannot be used ({error!r}): see configs/larger.py for one")
 
 
 if __name__ == "__main__":

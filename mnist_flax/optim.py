@@ -24,6 +24,9 @@ def create_schedule(name: str, learning_rate: float, total_steps: int) -> optax.
             `cosine` is Keras's CosineDecay and `exponential` its ExponentialDecay.
         learning_rate: the highest learning rate.
         total_steps: steps of the whole run.
+
+    Raises:
+        ValueError: there is no such schedule.
     """
     match name:
         case "constant":
@@ -44,6 +47,9 @@ def create(name: str, schedule: optax.Schedule) -> Elementwise:
     bias of the second moment ("epsilon hat" in Kingma & Ba, 2015), where Optax adds it after;
     `_scale_by_keras_adam` follows Keras. Keras's RMSprop has rho .9 and adds epsilon 1e-7
     inside the square root, as `optax.scale_by_rms` does.
+
+    Raises:
+        ValueError: there is no such optimiser.
     """
     match name:
         case "adam":

@@ -145,7 +145,7 @@ def _creation(
 
 def _check_memory(num_seeds: int, state: TrainState, mesh: Mesh) -> None:
     """Raises UserError if the state takes more memory than is free."""
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    needed = state_lib.num_bytes(state)
     host, device = environment.free_memory()
     if device is None:
         # On CPU the copies of all devices that share a batch lie in one memory.

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mnist_flax.steps import Metrics
 
@@ -15,16 +16,16 @@ class Position:
     Attributes:
         epoch: epochs finished.
         loss_sum, correct, count: training metrics of the epoch under way, summed over examples;
-            arrays [seeds] where there are several.
+            of several seeds arrays [seeds] or, as a checkpoint gives them back, lists.
         seconds: time spent training in the epoch under way.
         compile_seconds: time spent compiling the training program, over all starts of the run.
         wall_seconds: time of the whole run, over all its starts.
     """
 
     epoch: int = 0
-    loss_sum: float | np.ndarray = 0.0
-    correct: int | np.ndarray = 0
-    count: int | np.ndarray = 0
+    loss_sum: ArrayLike = 0.0
+    correct: ArrayLike = 0
+    count: ArrayLike = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
     wall_seconds: float = 0.0

@@ -35,18 +35,24 @@ def read(path: Path, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
     paper.
 
     Raises:
-        UserError: the file is not there or is no image of 8 or 16 bits, or `shape` has neither 1
-            nor 3 channels.
+        UserError: the file is not there or is no single image of 8 or 16 bits, or `shape` has
+            neither 1 nor 3 channels.
     """
     if shape[2] not in (1, 3):
         raise UserError(f"image files have 1 or 3 channels, and the network takes {shape[2]}")
     try:
         image = Image.open(path, formats=_FORMATS)
+        if (pictures := getattr(image, "n_frames", 1)) > 1:
+            raise UserError(f"it has {pictures} pictures")
         # Of a PGM they come as 32.
         has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
         image = ImageOps.exif_transpose(image)
         if has_16_bits:
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            wide = np.asarray(image)
+            # The value that stands for nothing, where one does.
+            nothing = wide == image.info.get("transparency", -1)
+            pixels = np.where(nothing, 255 if invert else 0, wide >> 8)
+            image = Image.fromarray(pixels.astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise UserError("it has pixels of 32 bits")
         elif image.has_transparency_data:
@@ -55,8 +61,9 @@ def read(path: Path, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
         image = image.convert("L" if shape[2] == 1 else "RGB")
     except Exception as error:
         # Pillow raises whatever the damage leads to, SyntaxError among it.
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path} cannot be read as an image ({error}): give a PNG or JPEG of 8 or 16 bits"
+            f"{path} cannot be read as an image ({reason}): give a PNG or JPEG of 8 or 16 bits"
         ) from None
     image = image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
     return np.asarray(ImageOps.invert(image) if invert else image).reshape(shape)

@@ -116,7 +116,8 @@ def _check_gz_files(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
     """Raises UserError unless `folder` holds the four files with the checksums TFDS knows."""
     files = f"the manual folder must hold {', '.join(builders.GZ_NAMES)}"
     if not folder.is_dir():
-        raise UserError(f"the manual folder {folder} does not exist: {files}")
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise UserError(f"the manual folder {folder} {what}: {files}")
     for file in builders.GZ_NAMES:
         path = folder / file
         if not path.is_file():

@@ -2,9 +2,10 @@
 
 import fcntl
 import json
+import math
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from mnist_flax.errors import UserError
 _LOCK = ".lock"
 
 # What is shown of a finished run.
-_SHOWN = {"test_loss", "test_accuracy", "test_examples"}
+_SHOWN = ("test_loss", "test_accuracy", "test_examples")
+_SHOWN_OF_SEVERAL = ("test_accuracy_deviation", "test_accuracy_min", "test_accuracy_max")
 
 # Where the data lies may change between two starts of the same run.
 _MAY_DIFFER = ("data.manual_dir",)
@@ -32,7 +34,7 @@ def checkpoints(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def nearest(run_dir: Path) -> Path:
+def nearest_existing(run_dir: Path) -> Path:
     """The folder itself, or the nearest above it that exists."""
     return next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
 
@@ -60,7 +62,7 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
         raise UserError(f"the run folder {run_dir} is a link to nowhere: name another")
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"the run folder {run_dir} is a file: name another with --workdir")
-    existing = nearest(run_dir)
+    existing = nearest_existing(run_dir)
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     # A finished run is only shown.
     finished = files.exists(run_dir / "summary.json")
@@ -100,7 +102,11 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
     else:
         # Nothing was trained that could be lost; step 0 is a network from elsewhere.
         fixed = _OF_THE_NETWORK if steps else ()
-    _check_same(run_dir, stored, given, fixed)
+    if differing := _differing(stored, given, fixed):
+        raise UserError(
+            f"the run folder {run_dir} holds a run of another configuration ({differing}): use the "
+            "same, or name another folder with --workdir"
+        )
 
 
 def _names(folder: Path) -> list[str]:
@@ -115,20 +121,20 @@ def check_trained(run_dir: Path, stored: dict[str, Any], config: ConfigDict) -> 
     """
     stored, given = config_lib.flatten(ConfigDict(stored)), config_lib.flatten(config)
     # What other versions know is the rest.
-    _check_same(run_dir, stored, given, stored.keys() & given.keys() - set(_MAY_DIFFER))
+    fixed = stored.keys() & given.keys() - set(_MAY_DIFFER)
+    if differing := _differing(stored, given, fixed):
+        raise UserError(
+            f"the checkpoints in {run_dir} are of another configuration than its config.json "
+            f"({differing}): restore that file from a copy"
+        )
 
 
-def _check_same(run_dir: Path, stored: dict, given: dict, fixed: Collection[str]) -> None:
-    differing = [
+def _differing(stored: dict, given: dict, fixed: Collection[str]) -> str:
+    return "; ".join(
         f"{key} is {stored.get(key)!r} there and {given.get(key)!r} now"
         for key in stored | given
         if key in fixed and stored.get(key) != given.get(key)
-    ]
-    if differing:
-        raise UserError(
-            f"the run folder {run_dir} holds a run of another configuration "
-            f"({'; '.join(differing)}): use the same, or name another folder with --workdir"
-        )
+    )
 
 
 @contextmanager
@@ -169,8 +175,8 @@ def _as_user_error(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"the run folder {run_dir} cannot be written ({error.strerror}): make room there and "
-            "start again, or name another"
+            f"the run folder {run_dir} cannot be written ({error.strerror}): "
+            f"{files.remedy(error)} and start again, or name another"
         ) from None
 
 
@@ -227,13 +233,25 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
         if not files.exists(path):
             return None
         summary = json.loads(path.read_text())
-        if missing := _SHOWN - set(summary):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        seeds = summary.get("seeds", [])
+        _check_numbers(summary, _SHOWN + _SHOWN_OF_SEVERAL if seeds else _SHOWN)
+        for each in seeds:
+            _check_numbers(each, ("seed", "test_accuracy"))
         return summary
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it to score the run again") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): delete it to score the run again"
+        ) from error
+
+
+def _check_numbers(record: dict[str, Any], keys: Iterable[str]) -> None:
+    """Raises ValueError unless the record has a finite number under each key."""
+    for key in keys:
+        number = record.get(key)
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ValueError(f"its {key} is {number}")
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
@@ -261,14 +279,24 @@ def start_metrics(run_dir: Path, step: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if files.exists(path) else []
         # Only a line that ends was written whole.
         whole = [line for line in lines if line.endswith("\n")]
-        rows = [json.loads(line) for line in whole]
-        # The summary adds up the seconds, when all is trained.
-        found = [(row["step"], row["seconds"]) for row in rows]
-        kept = [line for line, (made, _) in zip(whole, found, strict=True) if made <= step]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): mend or delete that line") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): move it away") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): see to that first") from error
+    kept = []
+    for number, line in enumerate(whole, 1):
+        try:
+            row = json.loads(line)
+            # The summary adds up the seconds, when all is trained.
+            _check_numbers(row, ("step", "seconds"))
+            if row["seconds"] <= 0:
+                raise ValueError(f"its seconds are {row['seconds']}")
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"line {number} of {path} is damaged ({error}): mend or delete it"
+            ) from None
+        if row["step"] <= step:
+            kept.append(line)
     _replace(path, "".join(kept))
 
 

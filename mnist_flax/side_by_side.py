@@ -30,10 +30,10 @@ _IMAGES = 5
 _MOST_IMAGES = 8
 
 
-def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool: int) -> jax.Array:
-    """ReLU of a 'valid' convolution of x [B, H, W, C], pool×pool max-pooled; pool is 1 or 2."""
+def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool_size: int) -> jax.Array:
+    """ReLU of a 'valid' convolution of x [B, H, W, C], max-pooled by `pool_size`, 1 or 2."""
     split = tiles.splitter(len(x), _MOST_IMAGES if len(x) % _IMAGES else _IMAGES)
-    return tiles.join(_swap(_blocks(_swap(split(x)), kernel, bias, pool)), len(x))
+    return tiles.join(_swap(_blocks(_swap(split(x)), kernel, bias, pool_size)), len(x))
 
 
 def _swap(blocks):
@@ -42,26 +42,26 @@ def _swap(blocks):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blocks(x, kernel, bias, pool):
-    """ReLU of a 'valid' convolution of x [blocks, C, H, W, images], pool×pool max-pooled."""
-    return _blocks_fwd(x, kernel, bias, pool)[0]
+def _blocks(x, kernel, bias, pool_size):
+    """ReLU of a 'valid' convolution of x [blocks, C, H, W, images], max-pooled."""
+    return _blocks_fwd(x, kernel, bias, pool_size)[0]
 
 
-def _blocks_fwd(x, kernel, bias, pool):
-    y, choice = _through_bits(partial(_forward, pool), x, kernel, bias)
+def _blocks_fwd(x, kernel, bias, pool_size):
+    y, choice = _through_bits(partial(_forward, pool_size), x, kernel, bias)
     return y, (x, kernel, bias, choice)
 
 
-def _forward(pool, bits, x, kernel, bias):
+def _forward(pool_size, bits, x, kernel, bias):
     # Where there is one block only, XLA would fold the transpose into the product, which it cannot
     # make of bfloat16 then ("Unsupported element type", JAX 0.10.2).
-    seen, matrix = _products(kernel, pool)
+    seen, matrix = _products(kernel, pool_size)
     matrix = lax.optimization_barrier(matrix.T)
     wide_bias = bias.astype(tiles.sum_dtype(x))[:, None]
-    count = _count(x, kernel, pool)
+    count = _count(x, kernel, pool_size)
 
     def forward(block):
-        taps = _taps(block, _size(kernel, pool), count, pool)
+        taps = _taps(block, _size(kernel, pool_size), count, pool_size)
         columns = [_columns([taps[i] for i in pixels], x.dtype) for pixels in seen]
         y = [tiles.dot(matrix, each).reshape(-1, len(bias), each.shape[1]) for each in columns]
         y, choice = _relu_pool([place for each in y for place in each], wide_bias)
@@ -72,22 +72,22 @@ def _forward(pool, bits, x, kernel, bias):
     return _numbers(y, x.dtype).reshape(*y.shape[:2], *count, x.shape[4]), choice
 
 
-def _blocks_bwd(pool, residuals, g):
-    return _through_bits(partial(_backward, pool), *residuals, g)
+def _blocks_bwd(pool_size, residuals, g):
+    return _through_bits(partial(_backward, pool_size), *residuals, g)
 
 
-def _backward(pool, bits, x, kernel, bias, choice, g):
-    seen, matrix = _products(kernel, pool)
-    size, count = _size(kernel, pool), _count(x, kernel, pool)
+def _backward(pool_size, bits, x, kernel, bias, choice, g):
+    seen, matrix = _products(kernel, pool_size)
+    size, count = _size(kernel, pool_size), _count(x, kernel, pool_size)
     run = count[1] * x.shape[4]
-    places = jnp.arange(pool**2, dtype=choice.dtype)[:, None, None]
+    places = jnp.arange(pool_size**2, dtype=choice.dtype)[:, None, None]
 
     def backward(totals, block):
         x_bits, choice, g_bits = block
         g = _numbers(g_bits, x.dtype).astype(tiles.sum_dtype(x)).reshape(choice.shape)
         dbias = jnp.where(choice < places.size, g, 0).sum(1)
         dy = jnp.where(choice == places, g, 0).astype(x.dtype)
-        columns = _columns(_taps(x_bits, size, count, pool), x.dtype)
+        columns = _columns(_taps(x_bits, size, count, pool_size), x.dtype)
         # Not `dot` with a transpose, for which XLA would make float32 of bfloat16 first.
         dmatrix = lax.dot_general(
             dy.reshape(-1, dy.shape[2]),
@@ -102,12 +102,14 @@ def _backward(pool, bits, x, kernel, bias, choice, g):
             for i, dtap in zip(pixels, dcolumns, strict=True):
                 parts[i].append(dtap)
         dtaps = [sum(rest, first) for first, *rest in parts]
-        dx = _add(dtaps, size, pool, *x.shape[2:])
+        dx = _add(dtaps, size, pool_size, *x.shape[2:])
         return (totals[0] + dmatrix, totals[1] + dbias), bits(dx.astype(x.dtype))
 
-    start = (tiles.zero(_in_places(kernel, pool)).T, tiles.zero(bias))
+    start = (tiles.zero(_in_places(kernel, pool_size)).T, tiles.zero(bias))
     (dmatrix, dbias), dx = lax.scan(backward, start, (bits(x), choice, bits(g)))
-    sum_places = jax.linear_transpose(partial(_in_places, pool=pool), kernel.astype(dmatrix.dtype))
+    sum_places = jax.linear_transpose(
+        partial(_in_places, pool_size=pool_size), kernel.astype(dmatrix.dtype)
+    )
     (dkernel,) = sum_places(dmatrix.T)
     return _numbers(dx, x.dtype), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
 
@@ -115,38 +117,41 @@ def _backward(pool, bits, x, kernel, bias, choice, g):
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
-def _size(kernel, pool):
-    """Height and width of the tile that pool×pool outputs see."""
-    return tuple(k + pool - 1 for k in kernel.shape[:2])
+def _size(kernel, pool_size):
+    """Height and width of the tile that the outputs under one pool see."""
+    return tuple(k + pool_size - 1 for k in kernel.shape[:2])
 
 
-def _count(x, kernel, pool):
+def _count(x, kernel, pool_size):
     """(OH, OW): tiles of blocks [blocks, C, H, W, images]."""
-    sizes = zip(x.shape[2:4], _size(kernel, pool), strict=True)
-    return tuple((n - t) // pool + 1 for n, t in sizes)
+    sizes = zip(x.shape[2:4], _size(kernel, pool_size), strict=True)
+    return tuple((n - t) // pool_size + 1 for n, t in sizes)
 
 
-def _products(kernel, pool):
+def _products(kernel, pool_size):
     """The pixels of a tile that each product reads, and the matrix that all multiply with.
 
-    It is [pixels·C, F], of one of the kernel's places, or in 16 bits [pixels·C, pool²·F] of all.
+    It is [pixels·C, F], of one of the kernel's places, or in 16 bits [pixels·C, pool_size²·F]
+    of all.
     """
     kh, kw, _, features = kernel.shape
-    pixels = np.arange(math.prod(_size(kernel, pool))).reshape(_size(kernel, pool))
+    pixels = np.arange(math.prod(_size(kernel, pool_size))).reshape(_size(kernel, pool_size))
     if kernel.dtype.itemsize < 4:
-        return [pixels.ravel()], _in_places(kernel, pool)
-    seen = [pixels[i : i + kh, j : j + kw].ravel() for i in range(pool) for j in range(pool)]
+        return [pixels.ravel()], _in_places(kernel, pool_size)
+    seen = [
+        pixels[i : i + kh, j : j + kw].ravel() for i in range(pool_size) for j in range(pool_size)
+    ]
     return seen, kernel.reshape(-1, features)
 
 
-def _in_places(kernel, pool):
-    """The kernel in each of its places in a tile: [KH, KW, C, F] to [TH·TW·C, pool²·F]."""
+def _in_places(kernel, pool_size):
+    """The kernel in each of its places in a tile: [KH, KW, C, F] to [TH·TW·C, pool_size²·F]."""
     places = [
-        jnp.pad(kernel, ((i, pool - 1 - i), (j, pool - 1 - j), (0, 0), (0, 0)))
-        for i in range(pool)
-        for j in range(pool)
+        jnp.pad(kernel, ((i, pool_size - 1 - i), (j, pool_size - 1 - j), (0, 0), (0, 0)))
+        for i in range(pool_size)
+        for j in range(pool_size)
     ]
-    return jnp.stack(places, axis=3).reshape(-1, pool**2 * kernel.shape[3])
+    return jnp.stack(places, axis=3).reshape(-1, pool_size**2 * kernel.shape[3])
 
 
 def _taps(x, size, count, stride):

@@ -86,3 +86,8 @@ def variables(state: TrainState) -> dict[str, Any]:
 def count_parameters(params: Any) -> int:
     """The number of trainable parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def num_bytes(tree: Any) -> int:
+    """The bytes of all its arrays, which may be abstract."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

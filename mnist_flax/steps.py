@@ -44,7 +44,10 @@ class Batch:
 
 @flax.struct.dataclass
 class Metrics:
-    """Sums over examples: the loss (float32), correct predictions and their number (int32)."""
+    """Sums over examples: the loss (float32), correct predictions and their number (int32).
+
+    Those of several batches are added with `+`.
+    """
 
     loss_sum: jax.Array
     correct: jax.Array
@@ -261,7 +264,10 @@ def eval_epoch(
     model: nn.Module,
     axis_name: Axis = None,
 ) -> Metrics:
-    """`eval_step` over each row of `batches`, in one `lax.scan`; arguments as for `train_epoch`."""
+    """`eval_step` over each row of `batches`, in one `lax.scan`.
+
+    `variables` as `eval_step` takes them, the other arguments as `train_epoch`.
+    """
 
     def step(total, indices):
         batch = gather(images, labels, indices)

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -57,7 +58,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     Raises:
         UserError: what was given cannot be run, or training diverged; another process trains in
             the folder, it cannot be written, or its disk has no room for a checkpoint.
-        signals.Stopped: SIGINT or SIGTERM arrived; what was trained is saved.
+        signals.Stopped: SIGINT, SIGTERM or SIGHUP arrived; what was trained is saved.
     """
     began = time.perf_counter()
     run_dir = files.local(workdir)
@@ -81,10 +82,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         )
     if (total := config.epochs * parts.steps_per_epoch(config, data.train.size)) >= 2**31:
         raise UserError(f"{total:,} steps are more than can be counted (2**31): set fewer epochs")
+    if datasets.overlap(config.data.name, config.data.train_split, config.data.test_split):
+        warnings.warn(
+            f"{config.data.train_split} and {config.data.test_split} share images: the test "
+            "accuracy will say nothing of new ones",
+            stacklevel=2,
+        )
     model = parts.create_model(config, data.num_classes)
     tx = parts.create_optimizer(config, data.train.size)
     abstract = parts.abstract_state(config, model, tx, data.train.image_shape, mesh)
-    checkpoint.check_room(rundir.nearest(rundir.checkpoints(run_dir)), abstract)
+    checkpoint.check_room(rundir.nearest_existing(rundir.checkpoints(run_dir)), abstract)
     with rundir.held(run_dir, config):
         # Another process may have finished it meanwhile.
         return _finished(run_dir) or _train_and_score(
@@ -188,7 +195,7 @@ def _train_and_score(
 def _restore(
     config: ConfigDict,
     run_dir: Path,
-    manager: Any,
+    manager: checkpoint.Manager,
     abstract: TrainState,
     constants: dict[str, Any],
 ) -> tuple[TrainState, Position] | None:
@@ -274,7 +281,7 @@ def _check_data(config: ConfigDict, record: dict[str, Any], constants: dict[str,
 
 def _check_finite(
     config: ConfigDict,
-    manager: Any,
+    manager: checkpoint.Manager,
     what: str,
     arrays: list[Any],
     position: Position,

@@ -48,7 +48,7 @@ class Trained:
         self.config = config
         self.model = model
         self.variables = state_lib.variables(state)
-        self.step = int(state.step)
+        self.step = state_lib.num_updates(state)
         self.image_shape = image_shape
         self._probabilities = jax.jit(
             lambda variables, images: nn.softmax(model.apply(variables, images))
@@ -101,11 +101,12 @@ class Trained:
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         shape = self.image_shape
+        given = images.shape
         if images.ndim == 3 and shape[2] == 1:
             images = images[..., None]
         if images.ndim != 4 or images.shape[1:] != shape:
             raise UserError(
-                f"images of shape {images.shape} do not fit this network: give "
+                f"images of shape {given} do not fit this network: give "
                 f"[B, {', '.join(map(str, shape))}]"
             )
         if images.dtype == np.uint8:
@@ -151,18 +152,23 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     if seed is None and len(seeds) > 1:
         raise UserError(
             f"the run in {run_dir} has the seeds {seeds[0]} to {seeds[-1]}: say which, such as "
-            f"seed={seeds[0]}"
+            f"--seed={seeds[0]}, or seed={seeds[0]} in Python"
         )
     if seed is not None and seed not in seeds:
         raise UserError(
             f"the run in {run_dir} has no seed {seed}: its seeds are {', '.join(map(str, seeds))}"
         )
+    no_checkpoint = (
+        f"the run in {run_dir} has no checkpoint: let it finish an epoch, or put back those it had"
+    )
     folder = rundir.checkpoints(run_dir)
     if not folder.is_dir():
-        raise UserError(f"the run in {run_dir} has no checkpoint yet: let it finish an epoch")
+        raise UserError(no_checkpoint)
 
     def abstract(record: dict[str, Any]) -> state_lib.TrainState:
         shape = tuple(record["image_shape"])
+        if record["position"]["epoch"] or np.any(record["position"]["count"]):
+            rundir.check_trained(run_dir, record["config"], config)
         model = parts.create_model(config, record["num_classes"])
         # Not the run's where a network from a Keras file is about to train with another.
         tx = optim.without_schedule(record["config"]["optimizer"])
@@ -174,7 +180,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     with checkpoint.open_manager(folder, read_only=True) as manager:
         restored = checkpoint.restore(manager, abstract, step)
     if restored is None:
-        raise UserError(f"the run in {run_dir} has no checkpoint yet: let it finish an epoch")
+        raise UserError(no_checkpoint)
     state, record = restored
     if len(seeds) > 1:
         state = jax.tree.map(lambda leaf: leaf[seeds.index(seed)], state)

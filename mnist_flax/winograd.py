@@ -60,13 +60,17 @@ def _conv_relu_bwd(pool, residuals, g):
     return tiles.join(dx, len(x)), kernel_gradient(dweights, kernel, plan), dbias
 
 
-def forward(x, weights, bias, pool, plan):
+def forward(
+    x: jax.Array, weights: jax.Array, bias: jax.Array, pool: bool, plan: "Plan"
+) -> tuple[jax.Array, jax.Array]:
     """The result for a block of images.
 
     Args:
         x: [B, H, W, C].
         weights: of `transformed_kernel`, [n, C, F].
         bias: [F].
+        pool: whether a 2×2 max-pool follows.
+        plan: of `plan_for`, of these images, kernel and pool.
 
     Returns:
         y [B, OH, OW, F], and which numbers get the gradient: bool of y's shape; with `pool`
@@ -83,7 +87,9 @@ def forward(x, weights, bias, pool, plan):
     return _from_output_tiles(pooled, plan), choice
 
 
-def backward(x, choice, g, weights, pool, plan):
+def backward(
+    x: jax.Array, choice: jax.Array, g: jax.Array, weights: jax.Array, pool: bool, plan: "Plan"
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of weights, bias and x by a block whose result has the gradient g.
 
     `choice` is of `forward`. The shapes are [n, C, F], [F] and [B, H, W, C].
@@ -114,7 +120,7 @@ def backward(x, choice, g, weights, pool, plan):
 conv_relu.defvjp(_conv_relu_fwd, _conv_relu_bwd)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """How a convolution is cut into tiles.
 
     Attributes:
@@ -143,7 +149,7 @@ class _Plan(NamedTuple):
     split: Callable[[jax.Array], jax.Array]
 
 
-def plan_for(x: jax.Array, kernel: jax.Array, pool: bool) -> _Plan:
+def plan_for(x: jax.Array, kernel: jax.Array, pool: bool) -> Plan:
     """How to cut x, which may be abstract."""
     kh, kw = kernel.shape[:2]
     h, w = x.shape[1] - kh + 1, x.shape[2] - kw + 1
@@ -165,7 +171,7 @@ def plan_for(x: jax.Array, kernel: jax.Array, pool: bool) -> _Plan:
     if pool:
         output = output.reshape(m // 2, 2, m // 2, 2, -1).swapaxes(1, 2).reshape(m * m, -1)
     matrices = (matrix.astype(x.dtype) for matrix in (output, *others, rows, columns))
-    return _Plan(m, size, count, out, m // stride, *matrices, split)
+    return Plan(m, size, count, out, m // stride, *matrices, split)
 
 
 @cache
@@ -193,13 +199,13 @@ def _bands(matrix, count, stride):
     return bands.reshape(n * count, -1)
 
 
-def transformed_kernel(kernel, plan):
+def transformed_kernel(kernel: jax.Array, plan: Plan) -> jax.Array:
     """[KH, KW, C, F] to the weights, [n, C, F]."""
     kh, kw, c, features = kernel.shape
     return tiles.dot(plan.kernel, kernel.reshape(kh * kw, -1)).reshape(-1, c, features)
 
 
-def kernel_gradient(dweights, kernel, plan):
+def kernel_gradient(dweights: jax.Array, kernel: jax.Array, plan: Plan) -> jax.Array:
     """The kernel's gradient by that of the weights."""
     return tiles.dot(plan.kernel.T, dweights.reshape(len(dweights), -1)).reshape(kernel.shape)
 

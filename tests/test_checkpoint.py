@@ -345,3 +345,33 @@ def test_a_checkpoint_whose_folder_cannot_be_asked_about_is_kept(tmp_path, start
         monkeypatch.setattr("pathlib.Path.stat", failing)
         with pytest.raises((UserError, OSError), match="Input/output error"):
             checkpoint.restore(manager, lambda record: start)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_orbax_finds_out(
+    tmp_path, start, monkeypatch
+):
+    folder = saved(tmp_path / "c", start, [None])
+    # Not chmod, as root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", None)
+    with (
+        checkpoint.open_manager(folder) as manager,
+        pytest.raises(UserError, match=r"cannot be written to .*c .*not a writable folder.: see"),
+    ):
+        checkpoint.save(manager, at(start, 2), {"note": 2})
+
+
+def test_what_went_wrong_first_is_what_is_said(tmp_path, start, monkeypatch):
+    def fail(*args):
+        raise PermissionError(13, "Permission denied")
+
+    folder = saved(tmp_path / "c", start, [None])
+    monkeypatch.setattr(files, "sync", fail)
+    with (
+        pytest.raises(UserError, match="checkpoint 1 cannot be read"),
+        checkpoint.open_manager(folder),
+    ):
+        raise UserError("checkpoint 1 cannot be read")
+    message = r"cannot be written to .*Permission denied\): see to that and start again"
+    with pytest.raises(UserError, match=message), checkpoint.open_manager(folder):
+        pass

@@ -132,3 +132,11 @@ def test_a_fault_of_jax_that_is_not_about_memory_keeps_its_traceback(monkeypatch
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: a fault"):
         cli.run(main)
+
+
+def test_a_warning_is_one_sentence():
+    code = (
+        "import warnings; from mnist_flax import cli; cli.run(lambda: warnings.warn('it is late'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "warning: it is late\n")

@@ -110,7 +110,8 @@ def test_where_the_data_lies_may_change(tmp_path):
     del before["compute_dtype"]
     rundir.check_trained(tmp_path, before | {"later": 1}, config)
     before["batch_size"] = 1
-    with pytest.raises(UserError, match="batch_size is 1 there and 200 now"):
+    message = "of another configuration than its config.json .batch_size is 1 there and 200 now"
+    with pytest.raises(UserError, match=message):
         rundir.check_trained(tmp_path, before, config)
 
 
@@ -240,14 +241,34 @@ def test_damaged_records_are_said(tmp_path):
     (tmp_path / "summary.json").write_text('{"test_')
     with pytest.raises(UserError, match=r"summary.json is damaged .* delete it to score"):
         rundir.read_summary(tmp_path)
-    for other in ("[]", "7", '{"test_loss": 0.1, "test_accuracy": 0.9}'):
-        (tmp_path / "summary.json").write_text(other)
+    scores = {"test_loss": 0.1, "test_accuracy": 0.9}
+    whole = scores | {"test_examples": 10}
+    seeds = [{"seed": 1, "test_accuracy": 0.9}, {"seed": 2, "test_accuracy": 0.9}]
+    several = whole | {f"test_accuracy_{of}": 0.9 for of in ("deviation", "min", "max")}
+    for sound in (whole, several | {"seeds": seeds}):
+        rundir.write_summary(tmp_path, sound)
+        assert rundir.read_summary(tmp_path) == sound
+    damaged = [[], 7, list(whole), scores, whole | {"seeds": seeds}, whole | {"seeds": 3}]
+    damaged += [whole | {"test_loss": loss} for loss in (None, "0.1", True, float("nan"))]
+    damaged += [several | {"seeds": [{"seed": 1}]}, several | {"seeds": ["one"]}]
+    for other in damaged:
+        (tmp_path / "summary.json").write_text(json.dumps(other))
         with pytest.raises(UserError, match=r"summary.json is damaged .* delete it to score"):
             rundir.read_summary(tmp_path)
-    for damaged in (b'{"step": 1}\n{"ste\n', b"\xff\n"):
-        (tmp_path / "metrics.jsonl").write_bytes(damaged)
-        with pytest.raises(UserError, match="metrics.jsonl is damaged"):
+    first = b'{"step": 1, "seconds": 1.5}\n'
+    for line in (
+        b'{"ste',
+        b"[]",
+        b'{"step": 2}',
+        *(b'{"step": 2, "seconds": %b}' % seconds for seconds in (b'"x"', b"null", b"NaN", b"0")),
+        b'{"step": "2", "seconds": 1.5}',
+    ):
+        (tmp_path / "metrics.jsonl").write_bytes(first + line + b"\n")
+        with pytest.raises(UserError, match="line 2 of .*metrics.jsonl is damaged .*mend or del"):
             rundir.start_metrics(tmp_path, 5)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match="metrics.jsonl is damaged .*move it away"):
+        rundir.start_metrics(tmp_path, 5)
 
 
 def test_what_is_no_run_is_said(tmp_path):

@@ -221,7 +221,9 @@ def test_one_seed_is_compiled_without_an_axis_of_seeds(monkeypatch, prepared):
 
 def test_one_seed_is_chosen(whole_run, capsys, monkeypatch):
     run_dir, summary = whole_run
-    with pytest.raises(UserError, match="has the seeds 7 to 8: say which, such as seed=7"):
+    with pytest.raises(
+        UserError, match="has the seeds 7 to 8: say which, such as --seed=7, or seed=7 in P"
+    ):
         trained.load(run_dir)
     with pytest.raises(UserError, match="has no seed 10: its seeds are 7, 8"):
         trained.load(run_dir, seed=10)

@@ -237,7 +237,7 @@ def test_checkpoints_of_another_configuration_are_refused(whole_run, tmp_path):
     (tmp_path / "run/summary.json").unlink()
     other = small_config(seed=5)
     (tmp_path / "run/config.json").write_text(json.dumps(other.to_dict()))
-    with pytest.raises(UserError, match=r"another configuration \(seed is 0 there and 5 now\)"):
+    with pytest.raises(UserError, match="config.json .seed is 0 there and 5 now"):
         train.train_and_evaluate(other, tmp_path / "run")
 
 
@@ -630,7 +630,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, monkeypat
 def test_a_learning_rate_too_high_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match=r"diverged in epoch 1.*lower learning_rate than 1e\+30"):
         train.train_and_evaluate(small_config(learning_rate=1e30), tmp_path / "run")
-    with pytest.raises(UserError, match="has no checkpoint yet"):
+    with pytest.raises(UserError, match="has no checkpoint: let it finish"):
         trained.load(tmp_path / "run")
 
 
@@ -792,3 +792,17 @@ def test_the_folder_of_the_official_files_is_looked_into(loader, tmp_path, monke
     with pytest.raises(UserError, match="absent does not exist"):
         train.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_images_that_are_trained_and_tested_on_are_said(tmp_path, monkeypatch):
+    def stop(*args):
+        raise UserError("far enough")
+
+    monkeypatch.setattr(parts, "create_model", stop)
+    with (
+        pytest.warns(UserWarning, match=r"train\[:90\] and train\[80:95\] share images: the test"),
+        pytest.raises(UserError, match="far enough"),
+    ):
+        train.train_and_evaluate(
+            small_config(**{"data.test_split": "train[80:95]"}), tmp_path / "run"
+        )

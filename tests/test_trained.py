@@ -1,4 +1,5 @@
 import io
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mnist_flax import config as config_lib
-from mnist_flax import datasets, evaluate, export_keras, predict, scoring, train, trained
+from mnist_flax import datasets, evaluate, export_keras, predict, rundir, scoring, train, trained
 from mnist_flax.errors import UserError
 
 
@@ -233,6 +234,37 @@ def test_predict_leaves_no_image_to_another_program(tmp_path):
     Image.new("L", (28, 28)).save(tmp_path / "image.eps")
     with pytest.raises(UserError, match="cannot identify image file"):
         predict.read(tmp_path / "image.eps", (28, 28, 1), invert=False)
+
+
+def test_predict_takes_one_picture_alone(tmp_path):
+    first, second = (Image.new("L", (28, 28), grey) for grey in (0, 200))
+    for name in ("image.gif", "image.png", "image.tiff"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        with pytest.raises(UserError, match=f"{name} cannot be read .*it has 2 pictures"):
+            predict.read(tmp_path / name, (28, 28, 1), invert=False)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_one_of_16_bits_may_stand_for_nothing(invert, tmp_path):
+    wide = np.full((28, 28), 256 * 100, np.uint16)
+    wide[:9] = 77
+    Image.fromarray(wide).save(tmp_path / "image.png", transparency=77)
+    found = predict.read(tmp_path / "image.png", (28, 28, 1), invert)[..., 0]
+    # Black as the images that were trained on, be it that of white paper inverted.
+    assert (found[:9] == 0).all() and (found[9:] == (155 if invert else 100)).all()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data.name", "mnist"), ("model", "convnet"), ("compute_dtype", "float99"), ("seed", 5)],
+)
+def test_a_configuration_that_is_not_that_of_the_checkpoints_is_said(run_dir, tmp_path, key, value):
+    shutil.copytree(run_dir, tmp_path / "run")
+    config = rundir.read_config(tmp_path / "run")
+    config.update_from_flattened_dict({key: value})
+    rundir.write_config(tmp_path / "run", config)
+    with pytest.raises(UserError, match=f"another configuration than its config.json .{key} is"):
+        trained.load(tmp_path / "run")
 
 
 def test_without_a_device_a_run_is_not_loaded(run_dir, monkeypatch):
