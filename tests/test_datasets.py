@@ -257,6 +257,8 @@ def test_a_manual_folder_of_somebody_else_is_named(fresh, tmp_path, monkeypatch)
 def test_a_manual_folder_of_an_unknown_user_is_named(fresh):
     with pytest.raises(UserError, match="manual folder ~no-such-user/mnist does not exist"):
         datasets.load("mnist", "train", manual_dir="~no-such-user/mnist")
+    with pytest.raises(UserError, match="manual folder .*test_datasets.py is no folder"):
+        datasets.load("mnist", "train", manual_dir=__file__)
 
 
 def test_a_truncated_manual_file_is_named(fresh, mnist_gz, tmp_path):

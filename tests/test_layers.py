@@ -327,8 +327,12 @@ def test_a_dense_kernels_gradient_in_bfloat16_is_summed_in_float32(batch):
 
 def test_a_dense_product_takes_more_axes():
     x, kernel = normal(0, (2, 5, 3)), normal(1, (3, 4))
-    y = dense.dot_general(x, kernel, (((2,), (0,)), ((), ())))
+    product = partial(dense.dot_general, dimension_numbers=(((2,), (0,)), ((), ())))
+    y, pullback = jax.vjp(product, x, kernel)
     np.testing.assert_allclose(y, np.asarray(x) @ np.asarray(kernel), rtol=1e-5)
+    _, dkernel = pullback(y)
+    expected = np.einsum("abk,abf->kf", x, y)
+    np.testing.assert_allclose(dkernel, expected, rtol=1e-4)
 
 
 def test_a_precision_asked_of_a_dense_product_is_kept():
