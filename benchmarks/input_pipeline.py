@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int]]:
     """The ways by name: each brings every image once and returns their number."""
     config = recipes.config(network)
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     data = {name: loaders.create(name, dataset, split, "", mesh) for name in loaders.NAMES}
     size = data["stream"].size
     order = np.random.default_rng(0).permutation(size)
@@ -60,7 +60,7 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
     tx = parts.create_optimizer(config, size)
 
     def length(loader: loaders.Loader) -> int:
-        return parts.piece_length(config, size, loader.most, mesh)
+        return parts.piece_length(config, size, loader.max_examples, mesh)
 
     def tfds() -> int:
         examples = datasets.open_slice(dataset, split)
@@ -84,7 +84,9 @@ def create(network: str, dataset: str, split: str) -> dict[str, Callable[[], int
         def epoch() -> int:
             nonlocal state
             pieces = loader.pieces(rows, length(loader))
-            state = jax.block_until_ready(epochs.run_pieces(programs.train, state, pieces))
+            for newest, _ in epochs.run_pieces(programs.train, state, pieces):
+                state = newest
+            jax.block_until_ready(state)
             return size
 
         return epoch

@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import hardware, recipes, suite
-from mnist_flax import cli, models, parts, state, steps, xla_conv
+from mnist_flax import cli, models, parts, shardings, state, steps
 from mnist_flax.errors import UserError
 
 STEPS = 10
@@ -107,7 +107,7 @@ def compiled(network: str, dtype: str, seeds: int, device: jax.Device) -> str:
     if seeds > 1:
         several = (seeds,)
         create = jax.vmap(create)
-        epoch = jax.vmap(epoch, (0, None, None, 0), axis_name=xla_conv.SEED_AXIS)
+        epoch = jax.vmap(epoch, (0, None, None, 0), axis_name=shardings.SEED_AXIS)
     sharding = NamedSharding(Mesh(np.array([device]), ("devices",)), PartitionSpec())
     program = jax.jit(epoch, donate_argnums=0, in_shardings=sharding, out_shardings=sharding)
     shape = jax.ShapeDtypeStruct

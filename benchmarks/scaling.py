@@ -87,7 +87,7 @@ def measure(
     import numpy as np
 
     from benchmarks.peers import jax_memory
-    from mnist_flax import batches, datasets, epochs, loaders, parallel, parts, steps
+    from mnist_flax import batches, datasets, epochs, loaders, parallel, parts
     from mnist_flax import state as state_lib
 
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def measure(
             dense=tuple(round(width * features) for features in model.dense),
         )
     tx = parts.create_optimizer(config, examples)
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     data = loaders.Resident(datasets.Arrays(images, labels), mesh)
     probe = loaders.Resident(datasets.Arrays(images[:500], labels[:500]), mesh)
     splits = parts.Data(data, watch=None, test=probe, num_classes=10)
@@ -128,14 +128,10 @@ def measure(
                 return
 
     speeds, clock = [], time.perf_counter()
-
-    def finished(metrics: steps.Metrics) -> None:
-        nonlocal clock
+    for _, metrics in epochs.run_pieces(programs.train, state, turns()):
         now = time.perf_counter()
         speeds.append(int(np.sum(metrics.count)) / (now - clock))
         clock = now
-
-    epochs.run_pieces(programs.train, state, turns(), finished)
     memory = jax_memory() or worker.peak_memory()
     return {"images_per_second": statistics.median(speeds), "peak_memory_mib": memory / 2**20}
 

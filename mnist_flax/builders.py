@@ -12,6 +12,7 @@ import io
 import logging
 import re
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urljoin
@@ -20,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from mnist_flax import files
 from mnist_flax.errors import UserError, nearest
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
@@ -28,6 +30,8 @@ IDX_FILES = {
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
 GZ_NAMES = tuple(name for pair in IDX_FILES.values() for name in pair)
+
+_STDOUT = threading.RLock()
 
 tfds.disable_progress_bar()
 # TFDS recommends packages that are not needed here.
@@ -134,8 +138,9 @@ def create(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         UserError: no such data set, or one that is not for image classification.
     """
     try:
-        # A colon would ask for a version, or for a namespace, which TFDS looks up on the network.
-        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+(/[\w.-]+)?", name):
+        # Another colon would ask for a namespace, which TFDS looks up on the network.
+        form = r"[a-z0-9_]+(/[\w.-]+)?(:\d+\.\d+\.\d+)?"
+        if not isinstance(name, str) or not re.fullmatch(form, name):
             raise tfds.core.registered.DatasetNotFoundError
         # It would look into a bucket that TFDS has switched off, and leave a folder in /tmp.
         info, asks_bucket = tfds.core.DatasetInfo, "initialize_from_bucket"
@@ -249,7 +254,8 @@ def _bad_split(builder: tfds.core.DatasetBuilder, split: object, reason: str) ->
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps TFDS from announcing on stdout what it does."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    # Of two threads the later one to leave would leave it so.
+    with _STDOUT, contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
@@ -263,8 +269,11 @@ def explain(name: str, doing: str, error: Exception) -> str:
         )
     if missing:
         return f"TFDS needs the Python package {missing!r} to {doing} {name}: install it"
+    reason = short(error)
+    if files.is_full(reason):
+        return f"TFDS cannot {doing} {name} ({reason}): make room there and start again"
     return (
-        f"TFDS cannot {doing} {name} ({short(error)}): prepare it with TFDS by itself, "
+        f"TFDS cannot {doing} {name} ({reason}): prepare it with TFDS by itself, "
         "then set TFDS_DATA_DIR to the folder that holds it"
     )
 

@@ -125,7 +125,7 @@ def _as_user_error(folder: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"a checkpoint cannot be written to {folder} ({_reason(error)}): "
-            f"{files.remedy(error)} and start again"
+            f"{files.remedy(str(error))} and start again"
         ) from error
 
 
@@ -181,7 +181,7 @@ def save(
 
 
 def _sync_latest(manager: Manager) -> None:
-    """Waits for a save under way and has it outlast a power cut, for which Orbax does not care."""
+    """Waits for a save under way and has it outlast a power cut, which Orbax does not."""
     manager.wait_until_finished()
     if (step := manager.latest_step()) is not None:
         files.sync(Path(manager.directory) / str(step))
@@ -205,14 +205,23 @@ def put_aside(manager: Manager, step: int) -> None:
 
 def restore(
     manager: Manager,
-    like: Callable[[dict[str, Any]], TrainState],
+    abstract_state_of: Callable[[dict[str, Any]], TrainState],
     step: int | None = None,
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest sound checkpoint, or that of `step`; None where there is none at all.
 
-    A damaged one is passed over with a warning, but not one that only cannot be read for want of
-    memory or permission, or as the disk fails. `like` makes of the record a state whose shapes,
-    dtypes and shardings are restored; an abstract one is restored on the first device.
+    A damaged one is passed over with a warning. One that only cannot be read now, for want of
+    memory or permission or as the disk fails, is an error.
+
+    Args:
+        manager: of `open_manager`.
+        abstract_state_of: gives for a checkpoint's record a state with the shapes, dtypes and
+            shardings to restore; what has no sharding is restored on the first device. It may raise
+            UserError to refuse the checkpoint.
+        step: the only checkpoint to consider.
+
+    Returns:
+        The state and its record.
 
     Raises:
         UserError: no checkpoint can be read, or the one asked for cannot or does not exist.
@@ -231,7 +240,7 @@ def restore(
                 lambda leaf: jax.ShapeDtypeStruct(
                     leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
                 ),
-                like(record["run"]),
+                abstract_state_of(record["run"]),
             )
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             state = manager.restore(candidate, args=args).state
@@ -244,7 +253,7 @@ def restore(
             if not files.exists(Path(manager.directory) / str(candidate)):
                 # The run is under way, and has newer ones by now.
                 manager.reload()
-                return restore(manager, like, step)
+                return restore(manager, abstract_state_of, step)
             if _may_pass(error):
                 raise UserError(
                     f"checkpoint {candidate} in {manager.directory} cannot be read at the moment "
@@ -277,13 +286,15 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _one_copy(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Orbax has devices with the same array write a part each, and compiles a slice for each."""
+    """One device's copy of what all have: of the whole, Orbax has each device write a part, and
+    compiles a slice for each.
+    """
     replicated = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
     return leaf.addressable_data(0) if replicated else leaf
 
 
 def _crc32(state: TrainState) -> int:
-    """Orbax would restore a flipped byte as another number."""
+    """CRC-32 of the bytes of all arrays, as Orbax would restore a flipped byte without an error."""
     crc = 0
     for leaf in jax.tree.leaves(state):
         crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), crc)

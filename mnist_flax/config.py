@@ -6,6 +6,7 @@ from `default()`. Every key can be overridden on the command line:
 """
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -79,7 +80,7 @@ def recipe(name: str, dataset: str, **overrides: Any) -> ConfigDict:
     least 20 epochs, so that the network sees enough steps to learn.
     """
     config = default()
-    config.name = name if dataset == "mnist" else f"{name}-{dataset.replace('/', '-')}"
+    config.name = name if dataset == "mnist" else f"{name}-{re.sub('[/:]', '-', dataset)}"
     config.data.name = dataset
     flat = {key.replace("__", "."): value for key, value in overrides.items()}
     for key in flat:
@@ -126,7 +127,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"{key}={given[key]} must be 0 or more")
     if (last := given["seed"] + given["num_seeds"] - 1) >= 2**32:
         raise UserError(f"the seed {last} must be below 2**32 = {2**32}")
-    # As float32, in which a number may be 0 or infinite that is not.
+    # In float32 a tiny number becomes 0, and a huge one infinite.
     with np.errstate(over="ignore"):
         rate = np.float32(given["learning_rate"])
     if not (0 < rate < math.inf):

@@ -49,7 +49,7 @@ def _in_one_loop_fwd(x, kernel1, bias1, kernel2, bias2, pool):
 
     def forward(block):
         between = cpu_conv.conv_relu_by_patches(block, kernel1, bias1)
-        return winograd.forward(between, weights, bias2, pool, plan)
+        return winograd.forward(between, weights, bias2, plan)
 
     blocks, choice = lax.map(forward, plan.split(x))
     return tiles.join(blocks, len(x)), (x, kernel1, bias1, kernel2, bias2, choice)
@@ -63,7 +63,7 @@ def _in_one_loop_bwd(pool, residuals, g):
     def backward(block):
         x, choice, g = block
         between = cpu_conv.conv_relu_by_patches(x, kernel1, bias1)
-        dweights, dbias2, g = winograd.backward(between, choice, g, weights, pool, plan)
+        dweights, dbias2, g = winograd.backward(between, choice, g, weights, plan)
         g = jnp.where(between > 0, g, 0)
         return (*cpu_conv.weight_gradients(x, kernel1, g), dweights, dbias2), g
 

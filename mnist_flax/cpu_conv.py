@@ -6,10 +6,9 @@
 | other, not pooled or in a batch of fewer than 16 | `_by_patches` | 1 |
 | other, and all of 16 bits | `side_by_side.conv_relu` | 1 to 16/9 |
 
-Those of direct convolution are 1. It is 16/9 at most where a pool follows: for the kernel's
-gradient, and in 16 bits for everything.
-
-A narrow one that is not pooled, before one of the first row, is made in its loop (`conv_pair.py`).
+The last column is relative to direct convolution. It is 16/9 at most where a pool follows: for the
+kernel's gradient, and in 16 bits for all three products. A narrow convolution that is not pooled,
+before one of the first row, is computed block by block in the latter's loop (`conv_pair.py`).
 
 `benchmarks/NOTES.md` has the measurements behind this table. All have gradients written out:
 autodiff would turn the gradient of patches into KH·KW padded additions over the whole input.
@@ -21,7 +20,8 @@ from jax import lax
 
 from mnist_flax import pooling, side_by_side, tiles, winograd
 
-# Bytes of patches and outputs that one product may touch: half of a core's L2 cache.
+# Bytes of patches and outputs that one product may touch: a core's L2 cache holds as many or twice
+# as many.
 _BLOCK_BYTES = 2**20
 
 
@@ -29,20 +29,20 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
     """As `layers.conv_relu`."""
     x = _pad(x, kernel, padding)
     if winograd.suits(x, kernel):
-        return winograd.conv_relu(x, kernel, bias, False)
+        return winograd.conv_relu(x, kernel, bias, pool=False)
     if x.dtype.itemsize >= 4:
         return _by_patches(x, kernel, bias)
-    return side_by_side.conv_relu(x, kernel, bias, 1)
+    return side_by_side.conv_relu(x, kernel, bias, pool_size=1)
 
 
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
     """As `layers.conv_relu_pool`."""
     x = _pad(x, kernel, padding)
     if winograd.suits(x, kernel):
-        return winograd.conv_relu(x, kernel, bias, True)
+        return winograd.conv_relu(x, kernel, bias, pool=True)
     if x.dtype.itemsize >= 4 and not tiles.is_split(len(x)):
         return pooling.max_pool(_by_patches(x, kernel, bias))
-    return side_by_side.conv_relu(x, kernel, bias, 2)
+    return side_by_side.conv_relu(x, kernel, bias, pool_size=2)
 
 
 def _pad(x, kernel, padding):
@@ -53,7 +53,7 @@ def _pad(x, kernel, padding):
 
 @jax.custom_vjp
 def _by_patches(x, kernel, bias):
-    """ReLU of a 'valid' convolution as a product of depth KH·KW·C, an output a row."""
+    """ReLU of a 'valid' convolution as one product of depth KH·KW·C (im2col)."""
     return _by_patches_fwd(x, kernel, bias)[0]
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 import zlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
     from mnist_flax import decoding
+
+
+# Of what `_read_cache` reads; another when examples are decoded otherwise.
+_FORMAT = 2
 
 
 class Arrays(NamedTuple):
@@ -52,6 +57,20 @@ def check_split(name: str, split: str) -> None:
     from mnist_flax import builders
 
     builders.resolve(builders.create(name, _data_dir()), split)
+
+
+def prepare(name: str, splits: Iterable[str], manual_dir: str = "") -> None:
+    """Prepares a data set where that has not been done, and checks slices of it.
+
+    Raises:
+        UserError: as `load`, but for what shows when examples are read.
+    """
+    from mnist_flax import builders
+
+    first, *others = splits
+    builder = _prepared(name, first, manual_dir)
+    for split in (first, *others):
+        builders.resolve(builder, split)
 
 
 def overlap(name: str, split: str, other: str) -> bool:
@@ -129,10 +148,11 @@ def open_slice(name: str, split: str, manual_dir: str = "") -> "decoding.Example
 
 
 def image_bytes(name: str, split: str, manual_dir: str = "") -> tuple[int, int]:
-    """Bytes of the images that `load` gives for a slice, and of those that it reads.
+    """Bytes of images that `load` needs memory for; prepares the data set as it does.
 
-    It reads whole splits, of which it gives a slice. Where a data set does not declare the size of
-    its images they are taken to be of the first one's.
+    Returns:
+        Those of the slice, and those of the whole splits that are read to cut it from. Where a data
+        set does not declare the size of its images they are taken to be of the first one's.
 
     Raises:
         UserError: as `load`.
@@ -179,8 +199,9 @@ def _data_dir() -> Path:
 def _whole_split(builder: "tfds.core.DatasetBuilder", split: str) -> Arrays:
     """A whole split, decoded once and then read from `mnist_flax_cache` in the data folder."""
     full_name = builder.info.full_name.replace("/", "-")
-    folder = Path(builder.data_dir_root) / "mnist_flax_cache" / full_name
-    source = _fingerprint(builder)
+    # Not builder.data_dir_root, which is the set's own folder where TFDS knows it by that alone.
+    folder = _data_dir() / "mnist_flax_cache" / full_name
+    source = _fingerprint(builder, split)
     arrays = _read_cache(folder, split, source)
     if arrays is None:
         from mnist_flax import decoding
@@ -190,10 +211,16 @@ def _whole_split(builder: "tfds.core.DatasetBuilder", split: str) -> Arrays:
     return arrays
 
 
-def _fingerprint(builder: "tfds.core.DatasetBuilder") -> str:
-    """Changes when the data set is prepared again."""
+def _fingerprint(builder: "tfds.core.DatasetBuilder", split: str) -> str:
+    """Changes when the data set is prepared again or a file of the split is written again."""
     path = Path(builder.data_dir) / "dataset_info.json"
-    return f"{hashlib.sha256(path.read_bytes()).hexdigest()} {path.stat().st_mtime_ns}"
+    found = hashlib.sha256(path.read_bytes())
+    for file in (path, *map(Path, builder.info.splits[split].filepaths)):
+        # What is missing is said where it is read.
+        if os.path.exists(file):
+            status = file.stat()
+            found.update(f"{file.name} {status.st_size} {status.st_mtime_ns} ".encode())
+    return f"{_FORMAT} {found.hexdigest()}"
 
 
 def _checksum(array: np.ndarray) -> int:

@@ -1,14 +1,18 @@
 """Decoding the examples of a prepared data set, without TensorFlow."""
 
 import contextlib
+import io
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from mnist_flax import builders
 from mnist_flax.errors import UserError
@@ -16,6 +20,9 @@ from mnist_flax.errors import UserError
 # Examples that are decoded in one call. A call for each takes TFDS three times as long; all in one
 # would take many times the memory of the images, in TFDS's objects.
 _AT_ONCE = 256
+
+# Pillow's, by the number of channels.
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class Examples:
@@ -28,6 +35,8 @@ class Examples:
     def __init__(self, builder: tfds.core.DatasetBuilder, parts: list[tuple[Sequence, int, int]]):
         """Of each data source what lies between start and stop, one part after the other."""
         self._builder, self._keys = builder, builders.feature_keys(builder)
+        image, label = (builder.info.features[key] for key in self._keys)
+        self._channels, self._num_classes = image.shape[-1], label.num_classes
         self._sources = [source for source, _, _ in parts]
         self._firsts = [start for _, start, _ in parts]
         self._starts = np.cumsum([0, *(stop - start for _, start, stop in parts)])
@@ -44,7 +53,8 @@ class Examples:
             images uint8 [N, H, W, C] and labels int32 [N].
 
         Raises:
-            UserError: one of them cannot be read, has an image of another size or has no label.
+            UserError: one of them cannot be read, has an image of another size, or has no label
+                or one that is no class.
         """
         images = np.empty((len(indices), *self.image_shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
@@ -65,15 +75,41 @@ class Examples:
                         raise UserError(
                             f"an example of {self._builder.name} has no label: take another split"
                         )
+                    if label >= self._num_classes:
+                        raise UserError(
+                            f"an example of {self._builder.name} has the label {label}, and there "
+                            f"are {self._num_classes} classes, from 0: have its labels mended"
+                        )
                     images[place], labels[place] = image, label
         return images, labels
 
     def _decoded(self, source: int, within: list[int]) -> list[tuple[np.ndarray, int]]:
+        image, label = self._keys
         try:
-            examples = self._sources[source].__getitems__(within)
+            return [
+                (_pixels(example[image], self._channels), example[label])
+                for example in self._sources[source].__getitems__(within)
+            ]
         except Exception as error:
             raise _unreadable(self._builder, error) from error
-        return [tuple(example[key] for key in self._keys) for example in examples]
+
+
+def _pixels(encoded: bytes, channels: int) -> np.ndarray:
+    """An image as uint8 [H, W, channels], as TensorFlow's `decode_image` gives it.
+
+    TFDS without TensorFlow would give what the file holds: one bit, an index into a palette, or an
+    alpha channel more.
+
+    Raises:
+        OSError, ValueError: it is damaged or has pixels of 32 bits.
+    """
+    with Image.open(io.BytesIO(encoded)) as image:
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("an image has pixels of 32 bits")
+        pixels = np.asarray(image.convert(_MODES[channels]))
+    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def decode(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -97,22 +133,49 @@ def examples(builder: tfds.core.DatasetBuilder, selected: list[tuple[str, int, i
         UserError: its files are damaged or need a package that is not installed.
     """
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    # Whole splits, as TFDS takes all of a shard of Parquet for a slice of it.
-    open_split = _TFRecords if formats == {"tfrecord"} else tfds.core.DatasetBuilder.as_data_source
+    encoded = {builders.feature_keys(builder)[0]: tfds.decode.SkipDecoding()}
+
+    def open_split(split: str) -> Sequence:
+        if formats == {"tfrecord"}:
+            return _TFRecords(builder, split, encoded)
+        # A whole split, as TFDS takes all of a shard of Parquet for a slice of it.
+        source = builder.as_data_source(split, decoders=encoded)
+        if formats == {"array_record"}:
+            # Its length is what the description of the data set says.
+            found = sum(_num_records(path) for path in builder.info.splits[split].filepaths)
+            _check_count(builder, split, found)
+        _check_count(builder, split, len(source))
+        return source
+
     try:
         with builders.quiet():
-            sources = {split: open_split(builder, split) for split, _, _ in selected}
-        for split, source in sources.items():
-            if len(source) != (expected := builder.info.splits[split].num_examples):
-                raise ValueError(f"{len(source)} examples found where {expected} are expected")
+            sources = {split: open_split(split) for split, _, _ in selected}
     except Exception as error:
         raise _unreadable(builder, error) from error
     return Examples(builder, [(sources[split], start, stop) for split, start, stop in selected])
 
 
+def _check_count(builder: tfds.core.DatasetBuilder, split: str, found: int) -> None:
+    if found != (expected := builder.info.splits[split].num_examples):
+        raise ValueError(f"{found} examples found where {expected} are expected")
+
+
+def _num_records(path: os.PathLike) -> int:
+    # Here, as other formats do not need it.
+    from array_record.python import array_record_module
+
+    reader = array_record_module.ArrayRecordReader(os.fspath(path))
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
+
+
 def _unreadable(builder: tfds.core.DatasetBuilder, error: Exception) -> UserError:
     missing = builders.missing_package(error)
-    again = f"try again, or delete {builder.data_dir} to prepare it anew"
+    again = "try again, or restore it from where it came"
+    if builder.name in ("digits", *builders.MNIST_FAMILY):
+        again = f"try again, or delete {builder.data_dir} to prepare it anew"
     remedy = f"install {missing}" if missing else again
     return UserError(f"{builder.name} cannot be read ({builders.short(error)}): {remedy}")
 
@@ -124,30 +187,28 @@ class _TFRecords:
     tf.data pipeline interleaves them.
     """
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
-        self._features = builder.info.features
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, decoders: dict[str, Any]):
+        self._parse = partial(builder.info.features.deserialize_example_np, decoders=decoders)
         self._paths = builder.info.splits[split].filepaths
-        places = [
-            (shard, *record)
-            for shard, path in enumerate(self._paths)
-            for record in _records(Path(path))
+        # Of each shard where its records begin, and their lengths in bytes: 16 bytes a record.
+        self._places = [
+            np.fromiter(chain.from_iterable(_records(Path(path))), np.int64).reshape(-1, 2)
+            for path in self._paths
         ]
-        # Of each example its shard, and where it begins there and its length in bytes.
-        self._places = np.array(places, np.int64)
-
-    def __len__(self) -> int:
-        return len(self._places)
+        self._firsts = np.cumsum([0, *map(len, self._places)])
+        _check_count(builder, split, int(self._firsts[-1]))
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        places, found = self._places[indices].tolist(), []
+        shards = (np.searchsorted(self._firsts, indices, side="right") - 1).tolist()
+        found = []
         with contextlib.ExitStack() as opened:
             files = {
-                shard: opened.enter_context(open(self._paths[shard], "rb"))
-                for shard in {shard for shard, *_ in places}
+                shard: opened.enter_context(open(self._paths[shard], "rb")) for shard in set(shards)
             }
-            for shard, begin, length in places:
+            for index, shard in zip(indices, shards, strict=True):
+                begin, length = self._places[shard][index - self._firsts[shard]].tolist()
                 files[shard].seek(begin)
-                found.append(self._features.deserialize_example_np(files[shard].read(length)))
+                found.append(self._parse(files[shard].read(length)))
         return found
 
 

@@ -16,10 +16,11 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, precision=No
     """`lax.dot_general` for `flax.linen.Dense`: x [..., K], kernel [K, F] to [..., F].
 
     Of x [B, K], without `precision`, the kernel's gradient is faster than JAX's own.
+    `dimension_numbers` contract x's last axis with the kernel's first, as `Dense` gives them.
     """
-    if x.ndim != 2 or precision is not None or shardings.explicit(x, kernel):
+    if x.ndim != 2 or precision is not None or shardings.on_explicit_mesh(x, kernel):
         return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
-    return _product(*shardings.alike(x, kernel))
+    return _product(*shardings.match_varying(x, kernel))
 
 
 @jax.custom_vjp
@@ -46,9 +47,9 @@ def _product_bwd(residuals, g):
 
 
 def _after(product, x, g, dx):
-    """product(x, g), once there is dx, the last that reads the kernel.
+    """product(x, g), made to wait for dx, the last to read the kernel.
 
-    0·dx has the update of the kernel wait for that: XLA would copy the kernel in every step.
+    Without 0·dx XLA may update the kernel first, for which it copies it in every step.
     """
     return product(x, g + 0 * dx[:1, :1])
 

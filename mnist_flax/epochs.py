@@ -1,13 +1,13 @@
 """Epochs as programs for the devices of a mesh."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mnist_flax import xla_conv
+from mnist_flax import shardings
 from mnist_flax.loaders import Loader, Piece
 from mnist_flax.parallel import BATCH, SEEDS, fetch
 
@@ -62,7 +62,8 @@ def compile_epoch(
             mesh=mesh,
             in_specs=specs,
             out_specs=state,
-            # `steps` says of its values that they differ over batches, and not over seeds.
+            # `steps` says of its values that they vary over the axis of batches alone: with one of
+            # seeds the check would fail.
             check_vma=not several,
         ),
         in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
@@ -104,34 +105,32 @@ def _each_seed(epoch: Callable, carried: Any, images: Any, labels: Any, rows: ja
     return jax.lax.platform_dependent(
         (carried, rows.swapaxes(0, 1)),
         cpu=partial(jax.lax.map, one),
-        default=jax.vmap(one, axis_name=xla_conv.SEED_AXIS),
+        default=jax.vmap(one, axis_name=shardings.SEED_AXIS),
     )
 
 
 def run_pieces(
-    program: Callable[[Any, Piece], tuple[Any, Any]],
-    carried: Any,
-    pieces: Iterable[Piece],
-    on_metrics: Callable[[Any], None] = lambda metrics: None,
-) -> Any:
+    program: Callable[[Any, Piece], tuple[Any, Any]], carried: Any, pieces: Iterable[Piece]
+) -> Iterator[tuple[Any, Any]]:
     """Runs a program that `compile_epoch` made on one piece after the other.
+
+    A piece's metrics come when the next piece, if there is one, is under way, so that the device
+    need not wait for the host; it does where the seeds lie in several processes, as gathering their
+    metrics comes after that piece.
 
     Args:
         program: what `compile_epoch` gives.
         carried: the state before the first piece.
         pieces: at least one.
-        on_metrics: is given the metrics of each finished piece, on the host. Meanwhile the device
-            is at the next piece, if there is one, and need not wait for the host; it does where
-            the seeds lie in several processes, as gathering their metrics comes after that piece.
 
-    Returns:
-        The state after the last piece.
+    Yields:
+        For each piece the newest state, which is that after the last piece in the end, and the
+        metrics of the piece on the host.
     """
     running = None
     for piece in pieces:
         carried, metrics = program(carried, piece)
         if running is not None:
-            on_metrics(fetch(running))
+            yield carried, fetch(running)
         running = metrics
-    on_metrics(fetch(running))
-    return carried
+    yield carried, fetch(running)

@@ -43,11 +43,16 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def remedy(error: Exception) -> str:
-    """What to do where something could not be written."""
+def remedy(reason: str) -> str:
+    """What to do where something could not be written, by the system's reason."""
+    return "make room there" if is_full(reason) else "see to that"
+
+
+def is_full(reason: str) -> bool:
+    """Whether the reason for which something could not be written is a full disk."""
     # Of errors of other libraries there is a text alone.
     full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "RESOURCE_EXHAUSTED")
-    return "make room there" if any(text in str(error) for text in full) else "see to that"
+    return any(text in reason for text in full)
 
 
 def exists(path: Path) -> bool:

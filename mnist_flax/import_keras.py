@@ -147,7 +147,7 @@ def recognise(content: Content, name: str | None) -> tuple[str, nn.Module, tuple
 
     Args:
         content: of the file.
-        name: the only network to consider, whose dropout may then be another.
+        name: the only network to consider, whatever its dropout; without it all are.
 
     Raises:
         UserError: it is none of them, is not the one named, or may be several.

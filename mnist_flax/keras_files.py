@@ -142,7 +142,7 @@ def _read_apart(path: Path) -> dict[str, np.ndarray]:
         ValueError: it did not come to an end.
     """
     command = [sys.executable, "-P", hdf5_reader.__file__, str(path.absolute())]
-    # Which takes memory for every thread.
+    # OpenBLAS takes memory for every thread.
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     try:
         reader = subprocess.run(command, capture_output=True, timeout=_MOST_SECONDS, env=env)
@@ -249,7 +249,7 @@ def _write_legacy(file: h5py.File, config: keras_layers.Config, layers: Layers) 
     weights = file.create_group("model_weights")
     for attributes in (file.attrs, weights.attrs):
         attributes["keras_version"] = _KERAS_VERSION.encode()
-        # Of any other older ones mirror the kernels.
+        # Older versions mirror the kernels of a file of any other backend.
         attributes["backend"] = b"tensorflow"
     weights.attrs["layer_names"] = [name.encode() for _, name, _ in layers]
     for _, name, arrays in layers:

@@ -203,13 +203,14 @@ def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
     )
 
 
-# Compiled by itself where nothing around it is, as it would be anew in every call otherwise.
+# Jitted, as outside of any `jit` it would be compiled anew in every call; inside of one,
+# `inline=True` leaves no call of its own.
 @partial(jax.jit, static_argnames=("on_cpu", "default", "padding", "pool"), inline=True)
 def _by_platform(
     *operands: jax.Array, on_cpu: Callable, default: Callable, **options: Any
 ) -> jax.Array:
     on_cpu, default = partial(on_cpu, **options), partial(default, **options)
-    # A batch of any size, as `jax.export` knows it, cannot be cut into blocks.
-    if shardings.explicit(*operands) or not isinstance(operands[0].shape[0], int):
+    # A batch of symbolic size, as of `jax.export`, cannot be cut into blocks.
+    if shardings.on_explicit_mesh(*operands) or not isinstance(operands[0].shape[0], int):
         return default(*operands)
-    return lax.platform_dependent(*shardings.alike(*operands), cpu=on_cpu, default=default)
+    return lax.platform_dependent(*shardings.match_varying(*operands), cpu=on_cpu, default=default)

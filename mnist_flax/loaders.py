@@ -1,17 +1,14 @@
 """How examples reach the device: all of them at once, or streamed a piece at a time.
 
-Both kinds of loader have the attributes `size`, the number of examples; `image_shape`, (H, W, C);
-`most`, the number of examples that can be brought at once; and `shared`, whether every device has
-the same examples. `pieces` yields what a number of steps needs, and `abstract` gives the shapes of
-such a piece, to compile for. The same rows give the same batches from either, so that training is
-bit for bit the same.
+The same rows give the same batches from either kind of loader, so that training is bit for bit the
+same.
 """
 
 import math
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +42,28 @@ class Piece(NamedTuple):
     rows: jax.Array
 
 
+class Loader(Protocol):
+    """What brings examples to the devices of a mesh.
+
+    Attributes:
+        size: the number of examples.
+        image_shape: (H, W, C).
+        max_examples: how many a piece may bring.
+        shared: whether every device has the same examples.
+    """
+
+    size: int
+    image_shape: tuple[int, int, int]
+    max_examples: int
+    shared: bool
+
+    def pieces(self, rows: np.ndarray, length: int) -> Iterator[Piece]:
+        """The steps of `rows`, int32 [steps, seeds, B], in pieces of at most `length`."""
+
+    def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
+        """The shapes and dtypes of a piece of `steps` steps, to compile for."""
+
+
 class Resident:
     """A whole data set on each device, once, as uint8; a piece is nothing but indices.
 
@@ -59,7 +78,7 @@ class Resident:
         self._arrays, self._mesh = _send(arrays, parallel.replicated_sharding(mesh)), mesh
         self.size, self.image_shape = len(arrays.labels), arrays.images.shape[1:]
         # It brings indices only.
-        self.most = sys.maxsize
+        self.max_examples = sys.maxsize
 
     def pieces(self, rows: np.ndarray, length: int) -> Iterator[Piece]:
         """The steps of `rows`, int32 [steps, seeds, B], in pieces of at most `length`."""
@@ -84,7 +103,7 @@ class Streamed:
     def __init__(self, examples: "Examples", mesh: Mesh):
         self._examples, self._mesh = examples, mesh
         self.size, self.image_shape = len(examples), examples.image_shape
-        self.most = max(1, _STREAMED_BYTES // math.prod(self.image_shape))
+        self.max_examples = max(1, _STREAMED_BYTES // math.prod(self.image_shape))
 
     def pieces(self, rows: np.ndarray, length: int) -> Iterator[Piece]:
         """The steps of `rows`, int32 [steps, seeds, B], in pieces of at most `length`.
@@ -130,9 +149,6 @@ class Streamed:
             jax.ShapeDtypeStruct((rows.size,), jnp.int32),
             rows,
         )
-
-
-Loader = Resident | Streamed
 
 
 def create(loader: str, name: str, split: str, manual_dir: str, mesh: Mesh) -> Loader:

@@ -7,10 +7,11 @@
 Every network takes images [B, H, W, C] in [0, 1] of any floating-point dtype, which is cast, and
 gives logits [B, num_classes], float32 or wider; integers, to be scaled by `steps.scale`, raise
 `UserError`. `train=True` turns dropout on and needs `rngs={"dropout": key}` where there is any.
-Weights start as in Keras: Glorot-uniform kernels and zero biases. Any image size that survives the
-pools will do, a smaller one raises `UserError`; so will any number of channels and classes.
-Gradients can be differentiated again; as JAX has no forward mode through `custom_vjp`, `jax.jvp`
-and `jax.jacfwd` of a network have none, and `jax.jacrev(jax.grad(f))` is a Hessian.
+Weights start as in Keras: Glorot-uniform kernels and zero biases. Any number of channels and
+classes will do, and any image size of which the convolutions and pools leave something; smaller
+images raise `UserError`. Gradients can be differentiated again. `jax.jvp` and `jax.jacfwd` of a
+network fail, as JAX has no forward mode through `custom_vjp`; `jax.jacrev(jax.grad(f))` gives a
+Hessian.
 """
 
 from functools import partial
@@ -59,9 +60,11 @@ class CNN(nn.Module):
             Conv(features, (kernel, kernel), pool=pool, dtype=self.dtype)
             for features, kernel, pool in self.convs
         ]
-        # In training alone, so that elsewhere summaries and interceptors see each module.
-        seen = self.is_initializing() or self.is_mutable_collection("intermediates")
-        if train and len(convs) > 1 and not convs[0].pool and not seen:
+        # In one loop the two modules are not called, only their parameters are read: not where
+        # there are none yet, nor where each call may be looked at, as by summaries, interceptors
+        # or who collects intermediates.
+        looked_at = self.is_initializing() or self.is_mutable_collection("intermediates")
+        if train and not looked_at and len(convs) > 1 and not convs[0].pool:
             first, second, *convs = convs
             x = conv_relu_twice(x, first, second)
         for conv in convs:

@@ -25,7 +25,7 @@ SEEDS, BATCH = "seeds", "batch"
 _LEAST_EXAMPLES = 16
 
 
-def mesh(config: ConfigDict) -> Mesh:
+def create_mesh(config: ConfigDict) -> Mesh:
     """The devices that train: rows for different seeds, in each of which devices share batches.
 
     Called before JAX's first computation, it turns CPU cores into JAX devices. Where JAX has
@@ -60,8 +60,8 @@ def mesh(config: ConfigDict) -> Mesh:
     return chosen
 
 
-def keep_to_share() -> None:
-    """Has XLA on CPU take no more threads than a container has cores, as it counts them all.
+def limit_threads() -> None:
+    """Limits XLA's threads on CPU to the cores that a container may use; XLA counts all there are.
 
     Without effect where JAX has started.
     """
@@ -151,7 +151,7 @@ def _make_cores_devices(count: int) -> None:
     if jax.config.jax_num_cpu_devices != -1 or not _cpu_only():
         return
     if count == 1:
-        keep_to_share()
+        limit_threads()
         return
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
@@ -164,7 +164,7 @@ def _make_cores_devices(count: int) -> None:
         # of threads for each device, which this would shrink to one thread for all.
         os.environ.setdefault("NPROC", "1")
     else:
-        keep_to_share()
+        limit_threads()
 
 
 def _cpu_only() -> bool:

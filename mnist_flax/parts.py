@@ -63,6 +63,9 @@ def load_data(config: ConfigDict, mesh: Mesh) -> Data:
     def load(split: str) -> Loader:
         return loaders.create(data.loader, data.name, split, data.manual_dir, mesh)
 
+    splits = filter(None, (data.train_split, data.watch_split, data.test_split))
+    # Before the first is decoded, which may take minutes.
+    datasets.prepare(data.name, splits, data.manual_dir)
     train, test = load(data.train_split), load(data.test_split)
     watch = load(data.watch_split) if data.watch_split else None
     if len({split.image_shape for split in (train, watch or test, test)}) > 1:
@@ -207,7 +210,7 @@ def compile_programs(
     and waited for when they are first called.
     """
     size = data.train.size
-    length = piece_length(config, size, data.train.most, mesh)
+    length = piece_length(config, size, data.train.max_examples, mesh)
     train = epochs.compile_epoch(
         partial(steps.train_epoch, model=model, tx=tx),
         mesh,

@@ -20,7 +20,7 @@ def max_pool(x: jax.Array) -> jax.Array:
         UserError: the image is smaller than 2×2.
     """
     check(x.shape[1:3])
-    return nn.max_pool(x, (2, 2), (2, 2)) if shardings.explicit(x) else _max_pool(x)
+    return nn.max_pool(x, (2, 2), (2, 2)) if shardings.on_explicit_mesh(x) else _max_pool(x)
 
 
 @jax.custom_vjp

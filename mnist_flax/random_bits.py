@@ -18,24 +18,31 @@ from mnist_flax import share_keys
 _BLOCK = 2**14
 
 
-# Compiled by itself where nothing around it is, as it would be anew in every call otherwise.
+# Jitted, as outside of any `jit` it would be compiled anew in every call; inside of one,
+# `inline=True` leaves no call of its own.
 @partial(jax.jit, static_argnames=("threshold", "shape"), inline=True)
 def at_least(key: jax.Array, threshold: int, shape: tuple[int, ...]) -> jax.Array:
-    """Whether each of some numbers of 16 random bits is `threshold` or more: bool of `shape`.
+    """Draws 16 random bits for each element and says whether they are `threshold` or more.
 
-    `shape` is that of examples, [B, ...]. Two of them, the first of an even place, share a row of
-    `jax.random.bits(key, (ceil(B / 2), ...))`, as JAX makes it by default
-    (`jax_threefry_partitionable`): the first has the lower halves of the row's words, the other the
-    upper ones. With a key of `share_keys.of_share` the places are those in the whole batch.
-    `threshold` is below 2**16, and the words of the whole batch are fewer than 2**32.
+    Examples 2i and 2i + 1 share row i of `jax.random.bits(key, (ceil(B / 2), ...))`, as JAX makes
+    it by default (`jax_threefry_partitionable`): the even one takes the lower half of each word,
+    the odd one the upper. With a key of `share_keys.of_share`, i counts in the whole batch.
+
+    Args:
+        key: one key, of any generator.
+        threshold: below 2**16.
+        shape: [B, ...]. The words of the whole batch are fewer than 2**32.
+
+    Returns:
+        bool of `shape`.
     """
     examples, elements = (math.prod(part) for part in (shape[:1], shape[1:]))
-    # An odd number may begin with the second of a row, or end with the first.
+    # Of an odd number, a share may begin with the second example of a row or end with the first.
     rows = -(-examples // 2)
     words = rows * elements
     if (known := share_keys.threefry(key)) is None:
         first = jnp.uint32(0)
-        pairs = _compared(jax.random.bits(key, (words,)), threshold)
+        pairs = _compared(jax.random.bits(key, (words,), jnp.uint32), threshold)
     else:
         data, share = known
         first = share * jnp.uint32(examples)

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mnist_flax import scoring
+from mnist_flax import steps
 
 if TYPE_CHECKING:
     from mnist_flax.parts import Data
@@ -63,7 +63,7 @@ def progress(position: "Position", epochs: int, examples: int) -> tqdm:
 
 def advance(bar: tqdm, position: "Position") -> None:
     """Moves the bar to the examples trained on and shows their loss and accuracy."""
-    means = scoring.averages(position.loss_sum, position.correct, position.count)
+    means = steps.averages(position.loss_sum, position.correct, position.count)
     loss, accuracy = np.mean(means["loss"]), np.mean(means["accuracy"])
     bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
     bar.update(np.sum(position.count) - bar.n)

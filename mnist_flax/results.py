@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mnist_flax import config as config_lib
-from mnist_flax import environment, scoring
+from mnist_flax import environment, steps
 from mnist_flax.position import Position
 
 
@@ -22,7 +22,7 @@ def epoch_row(
         step: the number of updates made.
         watch: the score of the watched split, as `scoring` gives it; empty where there is none.
     """
-    train = scoring.averages(position.loss_sum, position.correct, position.count)
+    train = steps.averages(position.loss_sum, position.correct, position.count)
     scores = {
         "train_loss": train["loss"],
         "train_accuracy": train["accuracy"],

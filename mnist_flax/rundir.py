@@ -91,7 +91,8 @@ def _check(run_dir: Path, config: ConfigDict) -> None:
     steps = {name for name in _names(folder) if name.isdigit()}
     metrics = run_dir / "metrics.jsonl"
     rows = metrics.read_bytes().count(b"\n") if files.exists(metrics) else 0
-    # The third row is written when the first checkpoint is.
+    # A save goes on while the next epoch trains, and the next save waits for it: once there is a
+    # third row, the first checkpoint was complete.
     if not steps and not finished and rows > 2:
         raise UserError(
             f"the checkpoints of the run in {run_dir}, which has trained {rows} epochs, are gone: "
@@ -176,7 +177,7 @@ def _as_user_error(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"the run folder {run_dir} cannot be written ({error.strerror}): "
-            f"{files.remedy(error)} and start again, or name another"
+            f"{files.remedy(error.strerror)} and start again, or name another"
         ) from None
 
 
@@ -264,7 +265,11 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes all of a file or nothing."""
+    """Writes all of a file or nothing.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     _replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 

@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from numpy.typing import ArrayLike
 
 from mnist_flax import batches, epochs, parallel, steps
 from mnist_flax.loaders import Loader
@@ -33,7 +32,7 @@ def compile_scorer(
     """
     size = batch_size(data.image_shape)
     rows = batches.eval_batches(data.size, size)
-    length = max(1, min(len(rows), data.most // (seeds * size), _PIECE // size))
+    length = max(1, min(len(rows), data.max_examples // (seeds * size), _PIECE // size))
     epoch = partial(steps.eval_epoch, model=model)
     epoch = epochs.compile_epoch(
         epoch, mesh, variables, data, size, steps=len(rows), length=length, seeds=seeds
@@ -43,16 +42,6 @@ def compile_scorer(
     def score(variables: Any) -> dict[str, Any]:
         parts = [parallel.fetch(epoch(variables, piece)) for piece in data.pieces(rows, length)]
         sums = jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=float), *parts)
-        return averages(sums.loss_sum, sums.correct, sums.count)
+        return steps.averages(sums.loss_sum, sums.correct, sums.count)
 
     return score
-
-
-def averages(loss_sum: ArrayLike, correct: ArrayLike, count: ArrayLike) -> dict[str, Any]:
-    """Means over examples from sums on the host, numbers or [seeds], as numbers or lists."""
-    counts = np.asarray(count, float)
-    return {
-        "loss": (np.asarray(loss_sum, float) / counts).tolist(),
-        "accuracy": (np.asarray(correct, float) / counts).tolist(),
-        "count": int(counts.flat[0]),
-    }

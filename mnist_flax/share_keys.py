@@ -16,12 +16,12 @@ THREEFRY = "threefry2x32"
 
 
 def of_share(key: jax.Array, share: jax.Array | int) -> jax.Array:
-    """A key for one of several devices that share a batch, by which they draw as one would.
+    """The key with which one of several devices draws its share of a batch's random numbers.
 
-    What a device draws for its own examples, an array whose first axis they are, is its part of
-    what `key` gives for all: share 1 of three has of [4, 5] rows 4 to 7 of `key`'s [12, 5]. What is
-    drawn without such an axis differs from device to device. Keys folded or split from a share's
-    are of the same share.
+    Where each draws an array whose first axis is its own examples, these arrays one after the other
+    are what `key` gives for the whole batch: of three devices that draw [4, 5], share 1 gets rows 4
+    to 7 of `key`'s [12, 5]. What is drawn without that axis differs from device to device. Keys
+    that are split or folded from this one are of the same share.
 
     Args:
         key: of `jax.random.key(seed, impl="threefry2x32")`.

@@ -9,7 +9,8 @@ make a product for each place, so that the pool compares four whole arrays. Pixe
 brought together first, so that a run is as long as a row of tiles and the few images of a block,
 whose tiles stay in the cache, are enough. The kernel's gradient is one product of all places with
 whole tiles: up to 16/9 of the arithmetic, but products of one place would be too narrow. In 16
-bits, where products take less time than copies, so are all others.
+bits, where products take less time than copies, the forward pass and the input's gradient are one
+such product too.
 """
 
 import math

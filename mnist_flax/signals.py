@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Within so many seconds a second signal is the same stop once more, as where make passes on what
-# all processes get.
+# Within so many seconds a second signal is the same one, as where make passes on what all processes
+# get anyway.
 _REPEATED = 1.0
 
 

@@ -11,8 +11,9 @@ import optax
 
 from mnist_flax import share_keys
 
-# Named, as with some others that may be set as JAX's default `jax.vmap` gives every seed numbers of
-# the first one's key, and a device cannot draw its part of them alone.
+# Not JAX's default, which may be set (`jax_default_prng_impl`): with some other generators
+# `jax.vmap` draws every seed's numbers from the first seed's key, and a device cannot draw its
+# share of a batch's numbers by itself.
 _PRNG = share_keys.THREEFRY
 
 

@@ -16,8 +16,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from numpy.typing import ArrayLike
 
 from mnist_flax import block_updates, optim, share_keys
 from mnist_flax.errors import UserError
@@ -80,10 +82,12 @@ def gather(images: jax.Array, labels: jax.Array, indices: jax.Array) -> Batch:
         labels: int32 [N].
         indices: int32 [B]; -1 stands for padding.
     """
-    kept = jnp.maximum(indices, 0)
-    # NumPy's own indexing would want numbers.
+    valid_indices = jnp.maximum(indices, 0)
+    # A NumPy array cannot be indexed by a traced one.
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    return Batch(scale(images[kept]), labels[kept], (indices >= 0).astype(jnp.float32))
+    return Batch(
+        scale(images[valid_indices]), labels[valid_indices], (indices >= 0).astype(jnp.float32)
+    )
 
 
 def measure(logits: jax.Array, batch: Batch) -> Metrics:
@@ -92,7 +96,7 @@ def measure(logits: jax.Array, batch: Batch) -> Metrics:
     The loss is that of Keras's categorical cross-entropy, without the 1e-7 at which Keras on some
     backends cuts off probabilities.
     """
-    return _summed(_measure_each(logits, batch))
+    return _sum_examples(_measure_each(logits, batch))
 
 
 def _measure_each(logits, batch):
@@ -108,7 +112,7 @@ def _measure_each(logits, batch):
     )
 
 
-def _summed(each):
+def _sum_examples(each):
     return jax.tree.map(lambda numbers: numbers.sum(-1, dtype=numbers.dtype), each)
 
 
@@ -124,13 +128,13 @@ def train_step(
 
     Dropout uses `fold_in(state.key, state.step)`, of which each device on the axis has a share
     (`share_keys.of_share`): of a batch split evenly, in order, the result is that of one device but
-    for rounding. A `nn.BatchNorm` must be given that axis too, and takes the padding of a short
-    batch for images.
+    for rounding. A network with `nn.BatchNorm` must be given that axis too; its batch statistics
+    count the padding of a short batch as images.
 
     Args:
         state: parameters, optimiser and key before the step.
-        batch: examples, with `axis_name` the device's own share, of which the mask lets through at
-            least one, on all devices together.
+        batch: the examples, with `axis_name` this device's share of them. On all devices together
+            the mask lets at least one through.
         model: a network whose `apply` takes images and `train`, and gives logits [B, classes].
         tx: the optimiser that made `state.opt_state`.
         axis_name: under `jax.pmap` or `shard_map` the axis over which the batch is split.
@@ -139,10 +143,10 @@ def train_step(
         The state after the step and the metrics before it; with `axis_name` those of the whole
         batch, on every device.
     """
-    count = _sum_over(axis_name, batch.mask.sum())
+    count = _psum(axis_name, batch.mask.sum())
     update = partial(optim.update, tx)
     state, each = _step(state, batch, count, model=model, update=update, axis_name=axis_name)
-    return state, _sum_over(axis_name, _summed(each))
+    return state, _psum(axis_name, _sum_examples(each))
 
 
 def _step(state, batch, count, *, model, update, axis_name):
@@ -162,11 +166,11 @@ def _step(state, batch, count, *, model, update, axis_name):
         each = _measure_each(logits, batch)
         return each.loss_sum.sum() / count, (each, updated.get("batch_stats", {}))
 
-    # By parameters that all devices share `shard_map` would sum the gradient itself, and it would
-    # be summed twice.
-    params = _as_own(axis_name, state.params)
+    # A gradient with respect to what all devices share `shard_map` sums over them itself, and it
+    # would be summed twice.
+    params = _pvary(axis_name, state.params)
     grads, (each, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
-    grads = _sum_over(axis_name, grads)
+    grads = _psum(axis_name, grads)
     with jax.named_scope("optimizer"):
         params, opt_state = update(grads, state.opt_state, state.params)
     return state.replace(
@@ -185,7 +189,7 @@ def eval_step(variables: Any, batch: Batch, *, model: nn.Module, axis_name: Axis
         batch, model, axis_name: as `train_step` takes them.
     """
     logits = model.apply(variables, batch.images, train=False)
-    return _sum_over(axis_name, measure(logits, batch))
+    return _psum(axis_name, measure(logits, batch))
 
 
 def train_epoch(
@@ -230,7 +234,7 @@ def train_epoch(
 
 def _train_epoch(state, images, labels, batches, *, model, update, axis_name):
     # Devices wait for each other at every sum: in a step only the gradients' is left.
-    counts = _sum_over(axis_name, (batches >= 0).sum(axis=1).astype(jnp.float32))
+    counts = _psum(axis_name, (batches >= 0).sum(axis=1).astype(jnp.float32))
 
     def step(carry, row):
         state, total = carry
@@ -239,12 +243,12 @@ def _train_epoch(state, images, labels, batches, *, model, update, axis_name):
         state, each = _step(state, batch, count, model=model, update=update, axis_name=axis_name)
         return (state, _add(total, each)), None
 
-    start = (state, _as_own(axis_name, _none_yet(batches)))
+    start = (state, _pvary(axis_name, _zero_metrics(batches)))
     (state, total), _ = lax.scan(step, start, (batches, counts))
-    return state, _sum_over(axis_name, _summed(total))
+    return state, _psum(axis_name, _sum_examples(total))
 
 
-def _none_yet(batches):
+def _zero_metrics(batches):
     """Metrics of each place in a batch, [B], before the first."""
     size = batches.shape[-1]
     return Metrics(*(jnp.zeros(size, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
@@ -274,14 +278,24 @@ def eval_epoch(
         logits = model.apply(variables, batch.images, train=False)
         return _add(total, _measure_each(logits, batch)), None
 
-    total, _ = lax.scan(step, _as_own(axis_name, _none_yet(batches)), batches)
-    return _sum_over(axis_name, _summed(total))
+    total, _ = lax.scan(step, _pvary(axis_name, _zero_metrics(batches)), batches)
+    return _psum(axis_name, _sum_examples(total))
 
 
-def _sum_over(axis_name: Axis, tree: Any) -> Any:
+def averages(loss_sum: ArrayLike, correct: ArrayLike, count: ArrayLike) -> dict[str, Any]:
+    """Means over examples of sums on the host, numbers or [seeds], as numbers or lists."""
+    counts = np.asarray(count, float)
+    return {
+        "loss": (np.asarray(loss_sum, float) / counts).tolist(),
+        "accuracy": (np.asarray(correct, float) / counts).tolist(),
+        "count": int(counts.flat[0]),
+    }
+
+
+def _psum(axis_name: Axis, tree: Any) -> Any:
     return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
-def _as_own(axis_name: Axis, tree: Any) -> Any:
-    """What all devices share as each one's own, which may come to differ."""
+def _pvary(axis_name: Axis, tree: Any) -> Any:
+    """Casts what all devices share to values that may differ from device to device."""
     return tree if axis_name is None else lax.pcast(tree, axis_name, to="varying")

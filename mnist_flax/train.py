@@ -3,9 +3,8 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from mnist_flax import (
     results,
     rundir,
     signals,
-    steps,
 )
 from mnist_flax import config as config_lib
 from mnist_flax import state as state_lib
@@ -73,7 +71,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
             f"a run has one process, and here are {jax.process_count()}: for several write a loop "
             "with mnist_flax.steps, epochs and loaders, which take any devices"
         )
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     data = parts.load_data(config, mesh)
     if config.batch_size > data.train.size:
         raise UserError(
@@ -138,7 +136,6 @@ def _train_and_score(
         signals.noted() as received,
         checkpoint.open_manager(rundir.checkpoints(run_dir)) as manager,
     ):
-        check_finite = partial(_check_finite, config, manager)
         restored = _restore(config, run_dir, manager, abstract, constants)
         state, position = restored or (None, Position())
         if state is None or state_lib.num_updates(state) == 0:
@@ -157,18 +154,13 @@ def _train_and_score(
 
         while position.epoch < config.epochs and not received:
             state, position = _train_pieces(
-                config, data, programs, state, position, received, check_finite
+                config, data, programs, manager, state, position, received
             )
             # The last update may have broken what the last loss does not show yet.
-            check_finite("a parameter", jax.tree.leaves(state.params), position)
+            _check_finite(config, manager, "a parameter", jax.tree.leaves(state.params), position)
             row, watch_accuracy = None, None
             if np.sum(position.count) == data.train.size * config.num_seeds:
-                variables = state_lib.variables(state)
-                watch = programs.score_watch(variables) if programs.score_watch else {}
-                row = results.epoch_row(config, position, state_lib.num_updates(state), watch)
-                if data.watch is not None:
-                    losses = [each["watch_loss"] for each in row.get("seeds", [row])]
-                    check_finite("the watched loss", [losses], position)
+                row = _score_epoch(config, programs, manager, state, position)
                 rundir.append_metrics(run_dir, row)
                 watch_accuracy = row["watch_accuracy"] if keep_best else None
                 position = position.next_epoch()
@@ -183,7 +175,7 @@ def _train_and_score(
         raise signals.Stopped(received[0], saved=state_lib.num_updates(state) > 0)
 
     score = programs.score_test(state_lib.variables(state))
-    check_finite("the test loss", [score["loss"]], position)
+    _check_finite(config, manager, "the test loss", [score["loss"]], position)
     position = replace(position, wall_seconds=earlier + time.perf_counter() - began)
     rows = rundir.read_metrics(run_dir)
     summary = results.summary(config, data.train.size, parameters, score, position, rows, mesh.size)
@@ -201,7 +193,7 @@ def _restore(
 ) -> tuple[TrainState, Position] | None:
     """State and position of the newest sound checkpoint; None where there is none."""
 
-    def like(record: dict[str, Any]) -> TrainState:
+    def abstract_state_of(record: dict[str, Any]) -> TrainState:
         _check_data(config, record, constants)
         at = Position(**record["position"])
         if at.epoch or np.any(at.count):
@@ -213,7 +205,7 @@ def _restore(
         init = optim.without_schedule(before).init
         return abstract.replace(opt_state=jax.eval_shape(init, abstract.params))
 
-    restored = checkpoint.restore(manager, like)
+    restored = checkpoint.restore(manager, abstract_state_of)
     if restored is None:
         return None
     state, record = restored
@@ -227,10 +219,10 @@ def _train_pieces(
     config: ConfigDict,
     data: parts.Data,
     programs: parts.Programs,
+    manager: checkpoint.Manager,
     state: TrainState,
     position: Position,
     received: list[int],
-    check_finite: Callable[[str, list[Any], Position], None],
 ) -> tuple[TrainState, Position]:
     """Trains to the end of the epoch, or to where a checkpoint is due or a signal is received."""
     num_examples = data.train.size
@@ -253,17 +245,28 @@ def _train_pieces(
 
     with report.progress(position, config.epochs, num_examples * config.num_seeds) as bar:
         clock = time.perf_counter()
-
-        def finished(metrics: steps.Metrics) -> None:
-            nonlocal clock, position
-            now = time.perf_counter()
+        for newest, metrics in epochs.run_pieces(programs.train, state, pieces()):
+            state, now = newest, time.perf_counter()
             position = position.after(metrics, now - clock)
-            check_finite("the loss", [position.loss_sum], position)
+            _check_finite(config, manager, "the loss", [position.loss_sum], position)
             report.advance(bar, position)
             clock = now
-
-        state = epochs.run_pieces(programs.train, state, pieces(), finished)
     return state, position
+
+
+def _score_epoch(
+    config: ConfigDict,
+    programs: parts.Programs,
+    manager: checkpoint.Manager,
+    state: TrainState,
+    position: Position,
+) -> dict[str, Any]:
+    """The row of a finished epoch in metrics.jsonl, with the score of the watched split."""
+    watch = {}
+    if programs.score_watch:
+        watch = programs.score_watch(state_lib.variables(state))
+        _check_finite(config, manager, "the watched loss", [watch["loss"]], position)
+    return results.epoch_row(config, position, state_lib.num_updates(state), watch)
 
 
 def _check_data(config: ConfigDict, record: dict[str, Any], constants: dict[str, Any]) -> None:

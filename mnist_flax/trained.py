@@ -42,13 +42,14 @@ class Trained:
         self,
         config: ConfigDict,
         model: nn.Module,
-        state: state_lib.TrainState,
+        variables: dict[str, Any],
+        step: int,
         image_shape: tuple[int, int, int],
     ):
         self.config = config
         self.model = model
-        self.variables = state_lib.variables(state)
-        self.step = state_lib.num_updates(state)
+        self.variables = variables
+        self.step = step
         self.image_shape = image_shape
         self._probabilities = jax.jit(
             lambda variables, images: nn.softmax(model.apply(variables, images))
@@ -113,7 +114,7 @@ class Trained:
             return images
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(f"images are {images.dtype}: give uint8, or float in [0, 1]")
-        # Resizing rounds.
+        # With a tolerance, as resizing rounds.
         if images.size and not (images.min() >= -1e-6 and images.max() <= 1 + 1e-6):
             raise UserError(
                 f"float images reach from {images.min():g} to {images.max():g}: scale them to "
@@ -145,7 +146,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     """
     run_dir = files.local(workdir)
     config = rundir.read_config(run_dir)
-    parallel.keep_to_share()
+    parallel.limit_threads()
     # For its UserError: without a device Orbax would fail later, with a traceback.
     parallel.devices()
     seeds = config_lib.seeds(config)
@@ -185,4 +186,5 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
     if len(seeds) > 1:
         state = jax.tree.map(lambda leaf: leaf[seeds.index(seed)], state)
     model = parts.create_model(config, record["num_classes"])
-    return Trained(config, model, state, tuple(record["image_shape"]))
+    variables, made = state_lib.variables(state), state_lib.num_updates(state)
+    return Trained(config, model, variables, made, tuple(record["image_shape"]))

@@ -40,7 +40,7 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool: bool) -> j
 def _conv_relu_fwd(x, kernel, bias, pool):
     plan = plan_for(x, kernel, pool)
     weights = transformed_kernel(kernel, plan)
-    blocks, choice = lax.map(lambda x: forward(x, weights, bias, pool, plan), plan.split(x))
+    blocks, choice = lax.map(lambda x: forward(x, weights, bias, plan), plan.split(x))
     # Not the transformed tiles: on CPU they take longer to write and read than to make again.
     return tiles.join(blocks, len(x)), (x, kernel, bias, choice)
 
@@ -51,7 +51,7 @@ def _conv_relu_bwd(pool, residuals, g):
     weights = transformed_kernel(kernel, plan)
 
     def add(totals, block):
-        dweights, dbias, dx = backward(*block, weights, pool, plan)
+        dweights, dbias, dx = backward(*block, weights, plan)
         return (totals[0] + dweights, totals[1] + dbias), dx
 
     start = (tiles.zero(weights), tiles.zero(bias))
@@ -61,7 +61,7 @@ def _conv_relu_bwd(pool, residuals, g):
 
 
 def forward(
-    x: jax.Array, weights: jax.Array, bias: jax.Array, pool: bool, plan: "Plan"
+    x: jax.Array, weights: jax.Array, bias: jax.Array, plan: "Plan"
 ) -> tuple[jax.Array, jax.Array]:
     """The result for a block of images.
 
@@ -69,8 +69,7 @@ def forward(
         x: [B, H, W, C].
         weights: of `transformed_kernel`, [n, C, F].
         bias: [F].
-        pool: whether a 2×2 max-pool follows.
-        plan: of `plan_for`, of these images, kernel and pool.
+        plan: of `plan_for`, of these images and kernel.
 
     Returns:
         y [B, OH, OW, F], and which numbers get the gradient: bool of y's shape; with `pool`
@@ -78,7 +77,7 @@ def forward(
     """
     products = jnp.matmul(_transformed_tiles(x, plan), weights)
     y = tiles.dot(plan.output, products.reshape(len(products), -1))
-    if not pool:
+    if not plan.pool:
         y = _from_output_tiles(y.reshape(plan.q, plan.q, -1, len(bias)), plan)
         y = jax.nn.relu(y + bias)
         return y, y > 0
@@ -88,14 +87,14 @@ def forward(
 
 
 def backward(
-    x: jax.Array, choice: jax.Array, g: jax.Array, weights: jax.Array, pool: bool, plan: "Plan"
+    x: jax.Array, choice: jax.Array, g: jax.Array, weights: jax.Array, plan: "Plan"
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of weights, bias and x by a block whose result has the gradient g.
 
     `choice` is of `forward`. The shapes are [n, C, F], [F] and [B, H, W, C].
     """
     m, features = plan.m, weights.shape[2]
-    if pool:
+    if plan.pool:
         g = _to_output_tiles(g, plan)
         dbias = jnp.where(choice < 4, g, 0).sum((0, 1, 2))
         if plan.q == 1:
@@ -124,6 +123,7 @@ class Plan(NamedTuple):
     """How a convolution is cut into tiles.
 
     Attributes:
+        pool: whether a 2×2 max-pool follows.
         m: outputs of a tile are m×m.
         size: (NH, NW) of a tile.
         count: (TH, TW), tiles of an image.
@@ -136,6 +136,7 @@ class Plan(NamedTuple):
         split: cuts a batch into blocks.
     """
 
+    pool: bool
     m: int
     size: tuple[int, int]
     count: tuple[int, int]
@@ -171,7 +172,7 @@ def plan_for(x: jax.Array, kernel: jax.Array, pool: bool) -> Plan:
     if pool:
         output = output.reshape(m // 2, 2, m // 2, 2, -1).swapaxes(1, 2).reshape(m * m, -1)
     matrices = (matrix.astype(x.dtype) for matrix in (output, *others, rows, columns))
-    return Plan(m, size, count, out, m // stride, *matrices, split)
+    return Plan(pool, m, size, count, out, m // stride, *matrices, split)
 
 
 @cache

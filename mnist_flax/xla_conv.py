@@ -1,10 +1,10 @@
 """Convolutions by XLA itself, for GPU and TPU.
 
-Of the convolutions of several seeds `jax.vmap` makes a grouped one, and of their kernels' gradients
-a grouped one with windows as large as the images, for which cuDNN does not use the algorithm that
-it has for each alone. Within `jax.vmap(..., axis_name=SEED_AXIS)` they therefore stay one after the
-other, up to `_MOST`, and the axis of `vmap` stays in front. Only first gradients, in reverse mode,
-can be taken there.
+Over several seeds `jax.vmap` makes one grouped convolution, and of the kernels' gradients a grouped
+one with windows as large as the images. For these cuDNN does not use the algorithm that it has for
+each alone. Within `jax.vmap(..., axis_name=SEED_AXIS)` they therefore stay one after the other, up
+to `_MOST`, and the axis of `vmap` stays in front. Only first gradients, in reverse mode, can be
+taken there.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,6 @@ from jax.custom_batching import custom_vmap
 
 from mnist_flax import pooling, shardings
 
-# A name that no axis of a user has.
-SEED_AXIS = "mnist_flax.seed"
-
 # With more of them, which JAX batches, the program would take long to compile.
 _MOST = 64
 
@@ -32,7 +29,7 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
 
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
     """As `layers.conv_relu_pool`."""
-    if shardings.explicit(x, kernel, bias):
+    if shardings.on_explicit_mesh(x, kernel, bias):
         return _bias_relu(pooling.max_pool(convolution(x, kernel, padding)), bias)
     return pooling.bias_relu_pool(convolution(x, kernel, padding), bias)
 
@@ -65,7 +62,7 @@ def convolution(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
 
 def _among_seeds():
     try:
-        lax.axis_size(SEED_AXIS)
+        lax.axis_size(shardings.SEED_AXIS)
     except NameError:
         return False
     return True

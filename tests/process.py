@@ -27,7 +27,7 @@ def train_on_two_devices(loader_name: str) -> tuple[int, float, int]:
     """The checksum of a trained state, its loss, and the number of examples read."""
     config = config_lib.default()
     config.model, config.batch_size, config.parallel = "baseline", 35, 2
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     loader = loaders.create(loader_name, "digits", "train[:90]", "", mesh)
     model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
     state = parts.initial_state(config, model, tx, loader.image_shape, mesh)
@@ -48,7 +48,7 @@ def train_two_seeds_on_two_devices() -> list[float]:
     """Each seed's loss, and its score by the test split."""
     config = config_lib.default()
     config.model, config.batch_size, config.parallel, config.num_seeds = "baseline", 30, 2, 2
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     train = loaders.create("resident", "digits", "train[:90]", "", mesh)
     test = loaders.create("resident", "digits", "test", "", mesh)
     model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
@@ -56,11 +56,10 @@ def train_two_seeds_on_two_devices() -> list[float]:
     epoch = partial(steps.train_epoch, model=model, tx=tx)
     epoch = epochs.compile_epoch(epoch, mesh, state, train, 30, steps=3, length=3, seeds=2)
     rows = np.stack([batches.train_batches(seed, 0, 90, 30) for seed in (0, 1)], axis=1)
-    found = []
-    state = epochs.run_pieces(epoch, state, train.pieces(rows, 3), found.append)
+    ((state, metrics),) = epochs.run_pieces(epoch, state, train.pieces(rows, 3))
     variables = state_lib.variables(state)
     score = scoring.compile_scorer(model, variables, test, mesh, seeds=2)(variables)
-    return [*found[0].loss_sum.tolist(), *score["loss"], *score["accuracy"]]
+    return [*metrics.loss_sum.tolist(), *score["loss"], *score["accuracy"]]
 
 
 def score_run(run_dir: str) -> list[float]:
@@ -84,6 +83,6 @@ if __name__ == "__main__":
     config = config_lib.default()
     config.parallel = 1
     try:
-        print("mesh", parallel.mesh(config).size)
+        print("mesh", parallel.create_mesh(config).size)
     except UserError as error:
         print("mesh", error)

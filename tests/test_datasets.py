@@ -24,7 +24,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
-from mnist_flax import builders, datasets, decoding, preparation, train, trained
+from mnist_flax import (
+    builders,
+    datasets,
+    decoding,
+    loaders,
+    parallel,
+    parts,
+    preparation,
+    train,
+    trained,
+)
 from mnist_flax import config as config_lib
 from mnist_flax.errors import UserError
 
@@ -57,7 +67,9 @@ def write_tfrecord_set(
         path = folder / f"{name}-train.tfrecord-{index:05}-of-{len(shards):05}"
         with path.open("wb") as file:
             for image, label in shard:
-                example = {"image": Image.fromarray(image), "label": label, **(extra or {})}
+                if isinstance(image, np.ndarray):
+                    image = Image.fromarray(image)
+                example = {"image": image, "label": label, **(extra or {})}
                 record = features.serialize_example(example)
                 file.write(struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0))
     info = {
@@ -434,7 +446,10 @@ def test_colour_images_of_two_classes_are_trained_on_outside_the_main_thread(fre
     write_tfrecord_set(fresh, "cats_vs_dogs", "4.0.1", [shard], {"image/filename": "cat.png"})
     config = config_lib.recipe("x", "cats_vs_dogs", model="baseline", batch_size=20, epochs=1)
     config.data.update(test_split="train", watch_split="")
-    with ThreadPoolExecutor() as pool:
+    with (
+        ThreadPoolExecutor() as pool,
+        pytest.warns(UserWarning, match="train and train share images"),
+    ):
         summary = pool.submit(train.train_and_evaluate, config, tmp_path / "run").result()
     assert summary["train_examples"] == 40
     run = trained.load(tmp_path / "run")
@@ -492,8 +507,21 @@ def test_a_split_is_decoded_once(fresh, monkeypatch):
 def test_the_cache_follows_a_data_set_that_is_prepared_again(fresh):
     write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
     assert datasets.load("mnist", "train[:2]").labels.tolist() == [1, 2]
-    write_tfrecord_set(fresh, "mnist", "3.0.1", [FIVE[0][::-1], FIVE[1]])
+    folder = write_tfrecord_set(fresh, "mnist", "3.0.1", [FIVE[0][::-1], FIVE[1]])
     assert datasets.load("mnist", "train[:2]").labels.tolist() == [3, 2]
+    # Or of which a file alone is written again.
+    described = (folder / "dataset_info.json").stat()
+    write_tfrecord_set(fresh, "mnist", "3.0.1", [FIVE[0], FIVE[1]])
+    times = (described.st_atime_ns, described.st_mtime_ns)
+    os.utime(folder / "dataset_info.json", ns=times)
+    assert datasets.load("mnist", "train[:2]").labels.tolist() == [1, 2]
+    # Or that was decoded by an earlier version.
+    record = fresh / "mnist_flax_cache/mnist-3.0.1/train.json"
+    record.write_text(record.read_text().replace(f'"{datasets._FORMAT} ', '"'))
+    images = fresh / "mnist_flax_cache/mnist-3.0.1/train_images.npy"
+    before = images.stat().st_ino
+    datasets.load("mnist", "train")
+    assert images.stat().st_ino != before
 
 
 @pytest.mark.parametrize("file", ["train.json", "train_images.npy", "train_labels.npy"])
@@ -608,9 +636,114 @@ def test_data_lies_where_tfds_keeps_it(monkeypatch, tmp_path):
 
 
 def test_what_has_to_be_installed_to_read_a_data_set_is_named(monkeypatch):
-    def as_data_source(builder, split):
+    def as_data_source(builder, split, decoders):
         raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "as_data_source", as_data_source)
     with pytest.raises(UserError, match=r"digits cannot be read .*: install pyarrow$"):
         datasets.open_slice("digits", "train")
+
+
+def encoded(image, file_format="PNG"):
+    file = io.BytesIO()
+    image.save(file, file_format)
+    return file.getvalue()
+
+
+COLOURS = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK"])
+def test_images_are_decoded_whatever_their_files_hold(mode, channels):
+    image = COLOURS.convert(mode)
+    if mode.endswith("A"):
+        image.putalpha(Image.fromarray(np.arange(72, dtype=np.uint8).reshape(8, 9)))
+    data = encoded(image, "JPEG" if mode == "CMYK" else "PNG")
+    found = decoding._pixels(data, channels)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    assert found.dtype == np.uint8 and found.shape == (8, 9, channels)
+    np.testing.assert_array_equal(found, expected.reshape(8, 9, channels))
+
+
+def test_pixels_of_16_bits_lose_the_lower_ones_and_of_32_are_refused():
+    wide = np.arange(72, dtype=np.uint16).reshape(8, 9) * 900
+    found = decoding._pixels(encoded(Image.fromarray(wide)), 1)
+    np.testing.assert_array_equal(found[..., 0], wide // 256)
+    with pytest.raises(ValueError, match="pixels of 32 bits"):
+        decoding._pixels(encoded(Image.fromarray(wide.astype(np.float32)), "TIFF"), 1)
+
+
+@pytest.mark.parametrize("loader", ["resident", "stream"])
+def test_images_of_one_bit_are_black_and_white(loader, fresh):
+    bits = Image.fromarray(np.eye(28, dtype=bool))
+    write_tfrecord_set(fresh, "mnist", "3.0.1", [[(io.BytesIO(encoded(bits)), 1)]])
+    if loader == "resident":
+        images = datasets.load("mnist", "train").images
+    else:
+        images, _ = datasets.open_slice("mnist", "train").read(np.array([0]))
+    np.testing.assert_array_equal(images[0, :, :, 0], 255 * np.eye(28))
+
+
+def test_the_cache_lies_beside_the_data_sets(fresh, monkeypatch):
+    # As TFDS says of a set that it knows by its folder alone.
+    own = property(lambda builder: builder.data_dir)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "data_dir_root", own)
+    folder = write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
+    before = sorted(folder.iterdir())
+    datasets.load("mnist", "train")
+    assert (fresh / "mnist_flax_cache/mnist-3.0.1").is_dir()
+    assert sorted(folder.iterdir()) == before
+
+
+def test_what_cannot_be_prepared_anew_is_not_to_be_deleted(fresh):
+    shard = [(np.zeros((8, 9, 3), np.uint8), 0)]
+    extra = {"image/filename": "cat.png"}
+    folder = write_tfrecord_set(fresh, "cats_vs_dogs", "4.0.1", [shard], extra)
+    (path,) = folder.glob("*.tfrecord*")
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(UserError, match="is truncated.: try again, or restore it from where"):
+        datasets.load("cats_vs_dogs", "train")
+
+
+@pytest.mark.parametrize("expected", [1499, 1501])
+def test_files_and_description_must_agree_before_anything_is_read(fresh, expected):
+    datasets.load("digits", "test")
+    path = fresh / "digits/1.0.0/dataset_info.json"
+    path.write_text(path.read_text().replace('"1500"', f'"{expected}"'))
+    with pytest.raises(UserError, match=f"1500 examples found where {expected} are expected"):
+        datasets.open_slice("digits", "train")
+
+
+def test_a_full_disk_wants_room():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert builders.explain("mnist", "prepare", full).endswith(
+        "(No space left on device): make room there and start again"
+    )
+
+
+def test_one_thread_at_a_time_keeps_tfds_quiet():
+    with ThreadPoolExecutor() as pool, builders.quiet():
+        assert not pool.submit(builders._STDOUT.acquire, blocking=False).result()
+        with builders.quiet():
+            pass
+
+
+def test_every_split_is_looked_at_before_one_is_decoded(monkeypatch):
+    config = config_lib.recipe("x", "digits")
+    config.data.test_split = "tset"
+    monkeypatch.setattr(loaders, "create", None)
+    with pytest.raises(UserError, match="the split 'tset' of digits cannot be used"):
+        parts.load_data(config, parallel.single_mesh())
+
+
+def test_a_version_that_lies_there_can_be_named(fresh):
+    shard = [(np.zeros((8, 9, 3), np.uint8), 0)]
+    extra = {"image/filename": "cat.png"}
+    folder = write_tfrecord_set(fresh, "cats_vs_dogs", "4.0.0", [shard], extra)
+    tfds.builder("cats_vs_dogs").info.features.save_config(folder)
+    assert datasets.load("cats_vs_dogs:4.0.0", "train").images.shape == (1, 8, 9, 3)
+    assert config_lib.recipe("larger", "cats_vs_dogs:4.0.0").name == "larger-cats_vs_dogs-4.0.0"
+    with pytest.raises(UserError, match="cats_vs_dogs:4.0.9"):
+        datasets.load("cats_vs_dogs:4.0.9", "train")

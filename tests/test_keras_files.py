@@ -94,10 +94,7 @@ def loaded(name, image_shape=(28, 28, 1), **overrides):
     variables = random_variables(model, image_shape)
     state = jax.tree.map(np.asarray, variables["params"])
     config = config_lib.recipe(name, "digits", model=name)
-    run = trained.Trained.__new__(trained.Trained)
-    run.config, run.model, run.image_shape = config, model, image_shape
-    run.variables, run.step = {"params": state, "batch_stats": {}}, 0
-    return run
+    return trained.Trained(config, model, {"params": state, "batch_stats": {}}, 0, image_shape)
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -1,9 +1,11 @@
+import io
 import os
 
 import grain
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from mnist_flax import builders, datasets, decoding, environment, loaders, parallel, steps
 from mnist_flax import config as config_lib
@@ -65,7 +67,7 @@ def test_a_device_gets_its_share_of_a_stream_and_no_more(prepared):
     arrays = datasets.load("digits", "train[:120]")
     config = config_lib.default()
     config.num_seeds, config.parallel = 2, 4
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     assert mesh.devices.shape == (2, 2)
     # Two seeds, whose batches of 25 are filled up to 26.
     rows = np.concatenate([ROWS.reshape(6, 1, 25), ROWS[::-1].reshape(6, 1, 25)], axis=1)
@@ -114,7 +116,13 @@ def test_a_stream_reads_what_is_asked_for_in_that_order(streamed, monkeypatch, a
     images, labels = examples.read(indices)
     np.testing.assert_array_equal(images, arrays.images[indices])
     np.testing.assert_array_equal(labels, arrays.labels[indices])
-    assert streamed.most == 64 * 2**20 // 784
+    assert streamed.max_examples == 64 * 2**20 // 784
+
+
+def png(height, width):
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
+    return file.getvalue()
 
 
 class Source(list):
@@ -129,8 +137,8 @@ def test_a_slice_is_cut_here_as_tfds_may_take_all_of_a_shard(prepared, monkeypat
     expected = datasets.load("digits", "train[90:]+train[10:20]")
     as_data_source = decoding.tfds.core.DatasetBuilder.as_data_source
 
-    def without_slices(builder, split):
-        return as_data_source(builder, split.partition("[")[0])
+    def without_slices(builder, split, decoders):
+        return as_data_source(builder, split.partition("[")[0], decoders=decoders)
 
     monkeypatch.setattr(decoding.tfds.core.DatasetBuilder, "as_data_source", without_slices)
     examples = datasets.open_slice("digits", "train[90:]+train[10:20]")
@@ -140,17 +148,17 @@ def test_a_slice_is_cut_here_as_tfds_may_take_all_of_a_shard(prepared, monkeypat
 
 def test_files_with_fewer_examples_than_they_should_have_are_refused(prepared, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
-    lost = Source([{"image": np.zeros((28, 28, 1), np.uint8), "label": 0}] * 2)
+    lost = Source([{"image": png(28, 28), "label": 0}] * 2)
     monkeypatch.setattr(
-        decoding.tfds.core.DatasetBuilder, "as_data_source", lambda builder, split: lost
+        decoding.tfds.core.DatasetBuilder, "as_data_source", lambda builder, split, decoders: lost
     )
     with pytest.raises(UserError, match="2 examples found where 1500 are expected"):
         datasets.open_slice("digits", "train[:2]")
 
 
 def test_images_of_another_size_stop_a_stream(tmp_path):
-    sizes = [(2, 2, 1), (2, 2, 1), (3, 2, 1)]
-    source = Source({"image": np.zeros(size, np.uint8), "label": 0} for size in sizes)
+    sizes = [(2, 2), (2, 2), (3, 2)]
+    source = Source({"image": png(*size), "label": 0} for size in sizes)
     examples = decoding.Examples(builders.create("digits", tmp_path), [(source, 0, 3)])
     assert examples.read(np.arange(2))[0].shape == (2, 2, 2, 1)
     later = decoding.Examples(builders.create("digits", tmp_path), [(source, 2, 3)])
@@ -234,12 +242,12 @@ def test_a_stream_refuses_what_cannot_be_read_or_has_no_label(tmp_path):
                 raise ValueError("truncated record")
             return super().__getitem__(index)
 
-    image = np.zeros((2, 2, 1), np.uint8)
-    source = Damaged({"image": image, "label": label} for label in (4, -1, 0))
-    examples = decoding.Examples(builders.create("digits", tmp_path), [(source, 0, 3)])
+    source = Damaged({"image": png(2, 2), "label": label} for label in (4, -1, 0, 10))
+    examples = decoding.Examples(builders.create("digits", tmp_path), [(source, 0, 4)])
     assert examples.read(np.array([0]))[1] == [4]
     unreadable = r"digits cannot be read \(truncated record\): try again"
-    for index, message in ((1, "digits has no label"), (2, unreadable)):
+    no_class = "digits has the label 10, and there are 10 classes, from 0"
+    for index, message in ((1, "digits has no label"), (2, unreadable), (3, no_class)):
         with pytest.raises(UserError, match=message):
             examples.read(np.array([0, index]))
         rows = np.array([[[0, index]]], np.int32)

@@ -24,7 +24,7 @@ def test_devices_together_train_and_score_as_one():
 
     def run(count):
         config.parallel = count
-        mesh = parallel.mesh(config)
+        mesh = parallel.create_mesh(config)
         assert mesh.size == count
         data = loaders.Resident(datasets.Arrays(IMAGES, LABELS), mesh)
         splits = parts.Data(data, None, data, 10)
@@ -53,20 +53,20 @@ def test_a_containers_share_of_the_cores_is_said_to_xla(monkeypatch):
     monkeypatch.delenv("NPROC")
     monkeypatch.setattr(environment, "processors", lambda: 64)
     monkeypatch.setattr(environment, "cores", lambda: 64)
-    parallel.keep_to_share()
+    parallel.limit_threads()
     assert "NPROC" not in os.environ
     monkeypatch.setattr(environment, "cores", lambda: 2)
-    parallel.keep_to_share()
+    parallel.limit_threads()
     assert os.environ["NPROC"] == "2"
 
 
 def test_a_plugin_without_its_device_is_said(monkeypatch, recwarn):
-    parallel.mesh(config_lib.default())
+    parallel.create_mesh(config_lib.default())
     assert not recwarn
     # As where JAX may choose, and there is a plugin for a GPU.
     monkeypatch.setattr(parallel, "_cpu_only", lambda: False)
     with pytest.warns(UserWarning, match="could not use one: this runs on CPU"):
-        parallel.mesh(config_lib.default())
+        parallel.create_mesh(config_lib.default())
 
 
 # The other is what JAX raises for "cuda" where there is no GPU.
@@ -82,7 +82,7 @@ def test_a_kind_of_device_that_is_not_there_is_said(monkeypatch, error, reason):
         raise error
 
     monkeypatch.setattr(jax, "devices", none)
-    for asked in (lambda: parallel.mesh(config_lib.default()), parallel.single_mesh):
+    for asked in (lambda: parallel.create_mesh(config_lib.default()), parallel.single_mesh):
         with pytest.raises(UserError, match=rf"no device .*\({reason}\): unset JAX_PLATFORMS"):
             asked()
 
@@ -91,13 +91,13 @@ def test_more_devices_than_there_are_are_refused():
     config = config_lib.default()
     config.parallel = 5
     with pytest.raises(UserError, match="parallel=5 asks for more devices than there are: 4"):
-        parallel.mesh(config)
+        parallel.create_mesh(config)
 
 
 def devices_of_a_new_process(**values):
     lines = ["import jax", "from mnist_flax import config, parallel", "c = config.default()"]
     lines += [f"c.{key} = {value}" for key, value in values.items()]
-    lines += ["print(parallel.mesh(c).size, jax.device_count())"]
+    lines += ["print(parallel.create_mesh(c).size, jax.device_count())"]
     environ = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "\n".join(lines)]
     result = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
@@ -169,18 +169,18 @@ def test_of_several_gpus_one_trains_unless_more_are_asked_for(monkeypatch):
     monkeypatch.setattr(parallel, "_mesh", meshed)
     monkeypatch.setattr(environment, "device_name", lambda: "a GPU")
     config = config_lib.default()
-    assert parallel.mesh(config).shape == (1, 1)
+    assert parallel.create_mesh(config).shape == (1, 1)
     config.num_seeds = 2
-    assert parallel.mesh(config).shape == (1, 1)
+    assert parallel.create_mesh(config).shape == (1, 1)
     config.parallel = 4
-    assert parallel.mesh(config).shape == (2, 2)
+    assert parallel.create_mesh(config).shape == (2, 2)
 
 
 @pytest.mark.parametrize("seeds_at_once", [1, 4])
 def test_seeds_of_a_gpu_must_fit_into_its_memory(seeds_at_once, monkeypatch):
     config = config_lib.default()
     config.model, config.num_seeds, config.parallel = "baseline", 8, seeds_at_once
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
     state = parts.abstract_state(config, model, tx, (28, 28, 1), mesh)
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -171,7 +171,7 @@ def test_seeds_and_batches_take_as_many_devices_as_they_can(
     config = seeds_config(num_seeds=num_seeds, batch_size=batch_size, parallel=0)
     assert parallel._shape(config, cores) == shape
     if cores <= len(jax.devices()):
-        assert parallel.mesh(config).devices.shape == shape
+        assert parallel.create_mesh(config).devices.shape == shape
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_more_seeds_than_fit_are_refused(tmp_path):
 @pytest.mark.parametrize(("devices", "copies"), [(1, 1), (4, 2)])
 def test_seeds_need_memory_for_each_device_that_shares_a_batch(monkeypatch, devices, copies):
     config = seeds_config(num_seeds=2, parallel=devices)
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 100)
     abstract = parts.abstract_state(config, model, tx, (28, 28, 1), mesh)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
@@ -210,7 +210,7 @@ def test_seeds_need_memory_for_each_device_that_shares_a_batch(monkeypatch, devi
 def test_one_seed_is_compiled_without_an_axis_of_seeds(monkeypatch, prepared):
     monkeypatch.setattr(epochs, "_each_seed", None)
     config = seeds_config(num_seeds=1, parallel=2)
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     loader = loaders.create("resident", "digits", "train[:90]", "", mesh)
     model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
     state = parts.abstract_state(config, model, tx, loader.image_shape, mesh)

@@ -304,12 +304,12 @@ def test_a_signal_while_the_last_checkpoint_is_written_waits(tmp_path, monkeypat
 
 
 def test_a_watched_loss_that_is_not_finite_is_a_clear_error(tmp_path, monkeypatch):
-    averages = scoring.averages
+    averages = steps.averages
 
     def infinite(*sums):
         return averages(*sums) | {"loss": float("inf")}
 
-    monkeypatch.setattr(scoring, "averages", infinite)
+    monkeypatch.setattr(scoring.steps, "averages", infinite)
     with pytest.raises(UserError, match="diverged in epoch 1: the watched loss became NaN or inf"):
         train.train_and_evaluate(small_config(), tmp_path / "run")
 
@@ -543,7 +543,7 @@ def test_a_run_takes_the_steps_of_its_seed_its_epochs_and_its_schedule(tmp_path)
 def compiled(**overrides):
     """A state, the data, what is compiled for them and six steps' examples."""
     config = small_config(**overrides)
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     data = parts.load_data(config, mesh)
     model, tx = parts.create_model(config, 10), parts.create_optimizer(config, 90)
     state = parts.initial_state(config, model, tx, (28, 28, 1), mesh)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mnist_flax import xla_conv
+from mnist_flax import shardings, xla_conv
 from tests.helpers import normal, plain_convolution, quick_jit
 
 
@@ -28,7 +28,7 @@ def test_several_are_jaxs(padding, count, axes):
 
     def result(conv):
         run = with_gradients(conv, padding)
-        return quick_jit(jax.vmap(run, axes, axis_name=xla_conv.SEED_AXIS))(*operands)
+        return quick_jit(jax.vmap(run, axes, axis_name=shardings.SEED_AXIS))(*operands)
 
     for actual, expected in zip(
         result(xla_conv.convolution), result(plain_convolution), strict=True
@@ -45,5 +45,5 @@ def test_several_stay_one_after_the_other(monkeypatch):
 
     monkeypatch.setattr(xla_conv, "_MOST", 3)
     assert convolutions(3) == (3, True)
-    assert convolutions(3, axis_name=xla_conv.SEED_AXIS) == (9, False)
-    assert convolutions(4, axis_name=xla_conv.SEED_AXIS) == (3, True)
+    assert convolutions(3, axis_name=shardings.SEED_AXIS) == (9, False)
+    assert convolutions(4, axis_name=shardings.SEED_AXIS) == (3, True)

@@ -13,7 +13,7 @@ from mnist_flax import datasets, epochs, loaders, parallel, parts, state
 def create(job: Job, data: Data, variant: str) -> Peer:
     config = recipes.config(job.network)
     config.compute_dtype = job.dtype
-    mesh = parallel.mesh(config)
+    mesh = parallel.create_mesh(config)
     arrays = loaders.Resident(datasets.Arrays(data.images, data.labels), mesh)
     probe = loaders.Resident(datasets.Arrays(data.images[PROBE], data.labels[PROBE]), mesh)
     # Scored on the probe only, so that nothing else is compiled.
@@ -35,7 +35,9 @@ def create(job: Job, data: Data, variant: str) -> Peer:
         calls = -(-least // length)
         clock = time.perf_counter()
         these = (pieces[next(turn) % len(pieces)] for _ in range(calls))
-        current = jax.block_until_ready(epochs.run_pieces(programs.train, current, these))
+        for newest, _ in epochs.run_pieces(programs.train, current, these):
+            current = newest
+        jax.block_until_ready(current)
         return calls * length, time.perf_counter() - clock
 
     def loss() -> float:
