@@ -39,8 +39,7 @@ def commit() -> str | None:
 
 
 def describe(device: str) -> str:
-    """The processor and its cores, the GPU and its driver where it is one that was measured, and
-    the flags of XLA that were set."""
+    """The processor, its cores and the flags of XLA that are set; on a GPU it and its driver too."""
     cpu = f"{environment.cores()} cores of {environment.cpu_name()}"
     if flags := os.environ.get("XLA_FLAGS"):
         cpu += f", XLA_FLAGS={flags}"

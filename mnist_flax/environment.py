@@ -49,7 +49,7 @@ def cpu_name() -> str:
 
 
 def cores() -> int:
-    """The cores that this process may use, where the system tells; a container's share of them."""
+    """The number of cores this process may use: its affinity's, or fewer by a container's quota."""
     count = processors()
     for group in _cgroups():
         with contextlib.suppress(OSError, ValueError):
@@ -59,7 +59,7 @@ def cores() -> int:
 
 
 def processors() -> int:
-    """The cores that this process may run on, of which a container may have a share alone."""
+    """The number of cores in this process's affinity, whatever a container's quota."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count()
 
@@ -132,8 +132,9 @@ def free_memory() -> tuple[int, int | None]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that determine a result; None of one that is not
-    installed, but imported from elsewhere. Of JAX's plugins for devices those that are installed.
+    """Versions of Python, of this package and of those that determine a result.
+
+    None of one that is imported but not installed; of JAX's plugins for devices those installed.
     """
     # Of this package without its metadata, which a checkout that is not installed lacks.
     ours = {"python": platform.python_version(), "mnist-flax": mnist_flax.__version__}
