@@ -39,7 +39,7 @@ def commit() -> str | None:
 
 
 def describe(device: str) -> str:
-    """The processor, its cores and the flags of XLA that are set; on a GPU it and its driver too."""
+    """The processor, its cores and the flags of XLA that are set; the GPU too, with its driver."""
     cpu = f"{environment.cores()} cores of {environment.cpu_name()}"
     if flags := os.environ.get("XLA_FLAGS"):
         cpu += f", XLA_FLAGS={flags}"

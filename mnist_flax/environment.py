@@ -23,6 +23,7 @@ _PACKAGES = (
 )
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "libtpu")
 _CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def device_name(count: int = 1) -> str:
@@ -39,13 +40,19 @@ def device_name(count: int = 1) -> str:
 
 
 def cpu_name() -> str:
-    """The processor, as it calls itself."""
+    """The processor, as it calls itself; with family and model where that has no number.
+
+    So it is on virtual machines, where generations of one name differ in speed by a factor of two.
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = _CPUINFO.read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    facts = {key.strip(): fact.strip() for key, _, fact in (line.partition(":") for line in lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in facts and not any(letter.isdigit() for letter in name):
+        name += f" family {facts['cpu family']} model {facts['model']}"
+    return name
 
 
 def cores() -> int:
@@ -105,7 +112,7 @@ def keep_compiled() -> None:
 
 def _instruction_sets() -> bytes:
     try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        lines = _CPUINFO.read_bytes().splitlines()
     except OSError:
         lines = []
     named = (b"flags", b"Features", b"model name")

@@ -129,3 +129,21 @@ def test_a_device_with_a_memory_of_its_own_has_what_is_not_in_use(monkeypatch):
     for stats in (None, {"bytes_in_use": 20}):
         monkeypatch.setattr(jax, "local_devices", lambda stats=stats: device(stats))
         assert environment.free_memory()[1] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("AMD EPYC", "AMD EPYC family 25 model 17"),
+        ("AMD EPYC 9654 96-Core Processor", "AMD EPYC 9654 96-Core Processor"),
+    ],
+)
+def test_a_processor_whose_name_has_no_number_is_told_by_its_model(
+    name, expected, tmp_path, monkeypatch
+):
+    lines = ("processor\t: 0", "cpu family\t: 25", "model\t\t: 17", f"model name\t: {name}")
+    (tmp_path / "cpuinfo").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(environment, "_CPUINFO", tmp_path / "cpuinfo")
+    assert environment.cpu_name() == expected
+    monkeypatch.setattr(environment, "_CPUINFO", tmp_path / "nothing")
+    assert environment.cpu_name()
