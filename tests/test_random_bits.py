@@ -42,3 +42,12 @@ def test_keys_of_the_old_kind():
     key = jax.random.PRNGKey(3)
     ours = at_least(key, 2**15, (10,))
     np.testing.assert_array_equal(ours, expected(key, 2**15, (10,)))
+
+
+def test_words_have_32_bits_where_64_are_the_default():
+    # Of another generator, whose bits JAX makes.
+    with jax.enable_x64(True):
+        kept = at_least(jax.random.key(0, impl="rbg"), 2**14, (100, 400))
+    for half in (kept[::2], kept[1::2]):
+        # Within five deviations of 20,000 draws.
+        assert abs(half.mean() - 0.75) < 5 * np.sqrt(0.75 * 0.25 / half.size)
