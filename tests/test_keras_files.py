@@ -256,30 +256,19 @@ def test_real_keras_loads_what_is_exported(keras, name, suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
-def test_what_is_exported_computes_in_float32_wherever_keras_is_set_otherwise(
-    keras, suffix, tmp_path
-):
-    run, path = loaded("larger"), tmp_path / f"model{suffix}"
-    export_keras.export_file(run, path)
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    try:
-        model = keras.models.load_model(path)
-    finally:
-        keras.config.set_dtype_policy("float32")
-    assert {layer.compute_dtype for layer in model.layers} == {"float32"}
-
-
-@pytest.mark.parametrize("suffix", [".keras", ".h5"])
-def test_what_is_exported_has_channels_last_wherever_keras_is_set_otherwise(
+def test_what_is_exported_has_channels_last_and_float32_wherever_keras_is_set_otherwise(
     keras, suffix, tmp_path
 ):
     run, path = loaded("larger"), tmp_path / f"model{suffix}"
     export_keras.export_file(run, path)
     keras.config.set_image_data_format("channels_first")
+    keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         model = keras.models.load_model(path)
     finally:
         keras.config.set_image_data_format("channels_last")
+        keras.config.set_dtype_policy("float32")
+    assert {layer.compute_dtype for layer in model.layers} == {"float32"}
     images = uniform(3, (4, 28, 28, 1))
     logits = run.model.apply(run.variables, images)
     np.testing.assert_allclose(model(images), jax.nn.softmax(logits), atol=1e-6)
