@@ -3,6 +3,7 @@
 | convolution | form | multiplications |
 |---|---|---|
 | 3×3 to 5×5, 32 channels and features or more | `winograd.conv_relu` | 4/25 to 4/9 |
+| other 3×3 of 8 or more, pooled, in batches of 16 | `winograd_narrow.conv_relu_pool` | 4/9 |
 | other, not pooled or in a batch of fewer than 16 | `_by_patches` | 1 |
 | other, and all of 16 bits | `side_by_side.conv_relu` | 1 to 16/9 |
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mnist_flax import pooling, side_by_side, tiles, winograd
+from mnist_flax import pooling, side_by_side, tiles, winograd, winograd_narrow
 
 # Bytes of patches and outputs that one product may touch: a core's L2 cache holds as many or twice
 # as many.
@@ -40,6 +41,8 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
     x = _pad(x, kernel, padding)
     if winograd.suits(x, kernel):
         return winograd.conv_relu(x, kernel, bias, pool=True)
+    if winograd_narrow.suits(x, kernel):
+        return winograd_narrow.conv_relu_pool(x, kernel, bias)
     if x.dtype.itemsize >= 4 and not tiles.is_split(len(x)):
         return pooling.max_pool(_by_patches(x, kernel, bias))
     return side_by_side.conv_relu(x, kernel, bias, pool_size=2)

@@ -14,6 +14,7 @@ such product too.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -33,8 +34,13 @@ _MOST_IMAGES = 8
 
 def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool_size: int) -> jax.Array:
     """ReLU of a 'valid' convolution of x [B, H, W, C], max-pooled by `pool_size`, 1 or 2."""
+    return in_blocks(lambda x: _blocks(x, kernel, bias, pool_size), x)
+
+
+def in_blocks(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """A function of [blocks, C, H, W, images], such as a layer, of x [B, H, W, C]."""
     split = tiles.splitter(len(x), _MOST_IMAGES if len(x) % _IMAGES else _IMAGES)
-    return tiles.join(_swap(_blocks(_swap(split(x)), kernel, bias, pool_size)), len(x))
+    return tiles.join(_swap(function(_swap(split(x)))), len(x))
 
 
 def _swap(blocks):
@@ -56,14 +62,14 @@ def _blocks_fwd(x, kernel, bias, pool_size):
 def _forward(pool_size, bits, x, kernel, bias):
     # Where there is one block only, XLA would fold the transpose into the product, which it cannot
     # make of bfloat16 then ("Unsupported element type", JAX 0.10.2).
-    seen, matrix = _products(kernel, pool_size)
+    windows, matrix = _products(kernel, pool_size)
     matrix = lax.optimization_barrier(matrix.T)
     wide_bias = bias.astype(tiles.sum_dtype(x))[:, None]
-    count = _count(x, kernel, pool_size)
+    size, count = _size(kernel, pool_size), _count(x, kernel, pool_size)
 
     def forward(block):
-        taps = _taps(block, _size(kernel, pool_size), count, pool_size)
-        columns = [_columns([taps[i] for i in pixels], x.dtype) for pixels in seen]
+        pixels = _cut(block, size, count, pool_size).reshape(*size, x.shape[1], -1)
+        columns = [_columns(pixels[window], x.dtype) for window in windows]
         y = [tiles.dot(matrix, each).reshape(-1, len(bias), each.shape[1]) for each in columns]
         y, choice = _relu_pool([place for each in y for place in each], wide_bias)
         return bits(y.astype(x.dtype)), choice
@@ -78,33 +84,36 @@ def _blocks_bwd(pool_size, residuals, g):
 
 
 def _backward(pool_size, bits, x, kernel, bias, choice, g):
-    seen, matrix = _products(kernel, pool_size)
+    windows, matrix = _products(kernel, pool_size)
     size, count = _size(kernel, pool_size), _count(x, kernel, pool_size)
     run = count[1] * x.shape[4]
     places = jnp.arange(pool_size**2, dtype=choice.dtype)[:, None, None]
+    numbered = np.arange(math.prod(size)).reshape(size)
 
     def backward(totals, block):
+        dmatrix, dbias = totals
         x_bits, choice, g_bits = block
         g = _numbers(g_bits, x.dtype).astype(tiles.sum_dtype(x)).reshape(choice.shape)
-        dbias = jnp.where(choice < places.size, g, 0).sum(1)
+        dbias += jnp.where(choice < places.size, g, 0).sum(1)
         dy = jnp.where(choice == places, g, 0).astype(x.dtype)
-        columns = _columns(_taps(x_bits, size, count, pool_size), x.dtype)
+        pixels = _cut(x_bits, size, count, pool_size)
         # Not `dot` with a transpose, for which XLA would make float32 of bfloat16 first.
-        dmatrix = lax.dot_general(
+        dmatrix += lax.dot_general(
             dy.reshape(-1, dy.shape[2]),
-            columns,
+            _columns(pixels, x.dtype),
             (((1,), (1,)), ((), ())),
-            preferred_element_type=totals[0].dtype,
+            preferred_element_type=dmatrix.dtype,
         )
-        parts = [[] for _ in range(math.prod(size))]
-        dy = dy.reshape(len(seen), matrix.shape[1], -1)
-        for pixels, each in zip(seen, dy, strict=True):
-            dcolumns = tiles.dot(matrix, each).reshape(len(pixels), -1, count[0], run)
-            for i, dtap in zip(pixels, dcolumns, strict=True):
+        parts = [[] for _ in range(numbered.size)]
+        dy = dy.reshape(len(windows), matrix.shape[1], -1)
+        for window, each in zip(windows, dy, strict=True):
+            seen = numbered[window].ravel()
+            dcolumns = tiles.dot(matrix, each).reshape(len(seen), -1, count[0], run)
+            for i, dtap in zip(seen, dcolumns, strict=True):
                 parts[i].append(dtap)
         dtaps = [sum(rest, first) for first, *rest in parts]
         dx = _add(dtaps, size, pool_size, *x.shape[2:])
-        return (totals[0] + dmatrix, totals[1] + dbias), bits(dx.astype(x.dtype))
+        return (dmatrix, dbias), bits(dx.astype(x.dtype))
 
     start = (tiles.zero(_in_places(kernel, pool_size)).T, tiles.zero(bias))
     (dmatrix, dbias), dx = lax.scan(backward, start, (bits(x), choice, bits(g)))
@@ -130,19 +139,16 @@ def _count(x, kernel, pool_size):
 
 
 def _products(kernel, pool_size):
-    """The pixels of a tile that each product reads, and the matrix that all multiply with.
+    """The window of a tile that each product reads, and the matrix that all multiply with.
 
     It is [pixels·C, F], of one of the kernel's places, or in 16 bits [pixels·C, pool_size²·F]
     of all.
     """
     kh, kw, _, features = kernel.shape
-    pixels = np.arange(math.prod(_size(kernel, pool_size))).reshape(_size(kernel, pool_size))
     if kernel.dtype.itemsize < 4:
-        return [pixels.ravel()], _in_places(kernel, pool_size)
-    seen = [
-        pixels[i : i + kh, j : j + kw].ravel() for i in range(pool_size) for j in range(pool_size)
-    ]
-    return seen, kernel.reshape(-1, features)
+        return [np.s_[:, :]], _in_places(kernel, pool_size)
+    places = np.ndindex(pool_size, pool_size)
+    return [np.s_[i : i + kh, j : j + kw] for i, j in places], kernel.reshape(-1, features)
 
 
 def _in_places(kernel, pool_size):
@@ -155,34 +161,36 @@ def _in_places(kernel, pool_size):
     return jnp.stack(places, axis=3).reshape(-1, pool_size**2 * kernel.shape[3])
 
 
-def _taps(x, size, count, stride):
+def _cut(x, size, count, stride):
     """Cuts x [C, H, W, images] into OH×OW tiles of `size`, `stride` pixels apart.
 
+    First the strips that the first, second, ... pixels of all rows of tiles are, [TW, stride, C,
+    H / stride, OW, images], from which the pixels of all tiles then come in long runs.
+
     Returns:
-        The first, second, ... pixel of all tiles, [C, OH, OW·images] each, in row-major order.
+        The pixels of all tiles in row-major order, as the rows of a matrix [TH·TW·C, OH·OW·images].
     """
+    (th, tw), ow = size, count[1]
     c, h, w, images = x.shape
     rows, columns = -(-h // stride), -(-w // stride)
     x = tiles.fit(x, rows * stride, columns * stride)
-    x = x.reshape(c, rows, stride, columns, stride, images)
-    # Pixels `stride` apart lie on one grid, from which a tap of all tiles is cut as it is.
-    grids = x.transpose(2, 4, 0, 1, 3, 5).reshape(stride, stride, c, rows, columns * images)
-    taps = []
-    for i, j in np.ndindex(*size):
-        first = (0, i // stride, j // stride * images)
-        sizes = (c, count[0], count[1] * images)
-        taps.append(lax.dynamic_slice(grids[i % stride, j % stride], first, sizes))
-    return taps
+    x = x.reshape(c, rows, stride, columns, stride, images).transpose(4, 2, 0, 1, 3, 5)
+    strips = [x[j % stride, :, :, :, j // stride : j // stride + ow][None] for j in range(tw)]
+    lines = tiles.concatenate(strips).reshape(tw, stride, c, -1)
+    pixels = []
+    for i in range(th):
+        first, length = i // stride * ow * images, math.prod(count) * images
+        pixels.append(lines[:, i % stride, :, first : first + length].reshape(tw * c, -1))
+    return tiles.concatenate(pixels)
 
 
-def _columns(taps, dtype):
-    """Taps [C, OH, OW·images] as the rows of a matrix [taps·C, OH·OW·images] of numbers."""
-    columns = jnp.concatenate(taps)
-    return _numbers(columns.reshape(len(columns), -1), dtype)
+def _columns(pixels, dtype):
+    """Pixels [..., OH·OW·images] of numbers as a matrix."""
+    return _numbers(pixels.reshape(-1, pixels.shape[-1]), dtype)
 
 
 def _add(dtaps, size, stride, h, w, images):
-    """The transpose of `_taps`: taps [C, OH, OW·images] summed into [C, h, w, images].
+    """The transpose of `_cut`: taps [C, OH, OW·images] summed into [C, h, w, images].
 
     They are added in place to the grid that they were cut from: what is first filled up with zeros
     XLA would add a number at a time where images come last.

@@ -1,33 +1,16 @@
 """What convolutions on CPU are made of: tiles of images, blocks of batches, products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from mnist_flax import shardings
 
 # Batches of fewer images are not split: where one is not shared its device has all cores, for which
 # the products of a block would be too small.
 _LEAST_SPLIT = 16
-
-
-def add(tiles: jax.Array, stride: int, h: int, w: int) -> jax.Array:
-    """Tiles [B, TH, TW, NH, NW, C], `stride` pixels apart, summed into [B, h, w, C].
-
-    A tile is taken as squares of stride × stride pixels, which lie on the same grid for all
-    tiles: tiles of 4×4 at stride 2 have four, so that four additions of whole images do.
-    """
-    batch, th, tw, nh, nw, c = tiles.shape
-    sh, sw = -(-nh // stride), -(-nw // stride)
-    filling = ((0, sh * stride - nh), (0, sw * stride - nw))
-    squares = jnp.pad(tiles, (*[(0, 0)] * 3, *filling, (0, 0)))
-    squares = squares.reshape(batch, th, tw, sh, stride, sw, stride, c)
-    places = [((i, sh - 1 - i), (j, sw - 1 - j)) for i in range(sh) for j in range(sw)]
-    grid = sum(
-        jnp.pad(squares[:, :, :, row[0], :, column[0]], ((0, 0), row, column, *[(0, 0)] * 3))
-        for row, column in places
-    )
-    x = grid.swapaxes(2, 3).reshape(batch, stride * (th + sh - 1), stride * (tw + sw - 1), c)
-    return fit(x, h, w)
 
 
 def fit(x: jax.Array, h: int, w: int) -> jax.Array:
@@ -68,6 +51,19 @@ def zero(x: jax.Array) -> jax.Array:
     """Zeros to which products of x's dtype are added."""
     # Not `zeros`: under `shard_map` a sum must vary from device to device from its start on.
     return 0 * x.astype(sum_dtype(x))
+
+
+def concatenate(parts: Sequence[jax.Array], axis: int = 0) -> jax.Array:
+    """Parts of one shape along an axis, written in place.
+
+    XLA on CPU would fuse what makes the parts, and branch for each number.
+    """
+    shape = list(parts[0].shape)
+    shape[axis] *= len(parts)
+    whole, _ = shardings.match_varying(jnp.zeros(shape, parts[0].dtype), parts[0])
+    for i, part in enumerate(parts):
+        whole = lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[axis], axis)
+    return whole
 
 
 def sum_dtype(x: jax.Array) -> jnp.dtype:

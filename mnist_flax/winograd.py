@@ -2,9 +2,12 @@
 
 Tiles of the input and the kernel are transformed so that m×m outputs take (m + KH - 1)·(m + KW - 1)
 products instead of m²·KH·KW: 64 instead of 400 for 4×4 outputs of a 5×5 kernel, 16 instead of 36
-for 2×2 of a 3×3. The price is accuracy, at 5×5 an error of about 1e-5 of the largest output, and
-that where an output is exactly zero, as of a blank part of an image before the first update of the
-biases, rounding decides whether ReLU passes the gradient to the bias.
+for 2×2 of a 3×3. Transforms go along one dimension after the other, as sums of whole arrays: the
+matrix of both at once would be up to five times the arithmetic.
+
+The price is accuracy, at 5×5 an error of about 1e-5 of the largest output, and that where an output
+is exactly zero, as of a blank part of an image before the first update of the biases, rounding
+decides whether ReLU passes the gradient to the bias.
 """
 
 import math
@@ -73,17 +76,17 @@ def forward(
 
     Returns:
         y [B, OH, OW, F], and which numbers get the gradient: bool of y's shape; with `pool`
-        uint8 [q, q, B·TH·TW, F], which of the four, or 4 for none.
+        uint8 [q², B·TH·TW, F], which of the four, or 4 for none.
     """
     products = jnp.matmul(_transformed_tiles(x, plan), weights)
-    y = tiles.dot(plan.output, products.reshape(len(products), -1))
+    outputs = _output_tiles(products, plan)
     if not plan.pool:
-        y = _from_output_tiles(y.reshape(plan.q, plan.q, -1, len(bias)), plan)
+        y = _from_output_tiles(plan.concatenate(outputs), plan)
         y = jax.nn.relu(y + bias)
         return y, y > 0
-    y = y.reshape(plan.q, plan.q, 4, -1, len(bias))
-    pooled, choice = pooling.relu_pool(*(y[:, :, i] for i in range(4)), bias)
-    return _from_output_tiles(pooled, plan), choice
+    pools = (pooling.relu_pool(*(outputs[i] for i in pool), bias) for pool in plan.pools)
+    y, choice = (plan.concatenate(parts) for parts in zip(*pools, strict=True))
+    return _from_output_tiles(y, plan), choice
 
 
 def backward(
@@ -93,27 +96,21 @@ def backward(
 
     `choice` is of `forward`. The shapes are [n, C, F], [F] and [B, H, W, C].
     """
-    m, features = plan.m, weights.shape[2]
     if plan.pool:
         g = _to_output_tiles(g, plan)
-        dbias = jnp.where(choice < 4, g, 0).sum((0, 1, 2))
-        if plan.q == 1:
-            # XLA would fuse a stack of four, and branch for each of its numbers.
-            dy = jnp.where(choice == jnp.arange(4, dtype=choice.dtype)[:, None, None], g, 0)
-        else:
-            places = [(p, i) for p in np.ndindex(plan.q, plan.q) for i in range(4)]
-            dy = jnp.stack([jnp.where(choice[p] == i, g[p], 0) for p, i in places])
+        dbias = jnp.where(choice < 4, g, 0).sum((0, 1))
+        places = jnp.arange(4, dtype=choice.dtype)[:, None, None]
+        dy = jnp.where(choice[:, None] == places, g[:, None], 0)
+        # A gather, which XLA does not fuse into all that reads it.
+        dy = dy.reshape(-1, *g.shape[1:])[np.argsort(plan.pools.ravel())]
     else:
         g = jnp.where(choice, g, 0)
         dbias = g.sum((0, 1, 2))
         dy = _to_output_tiles(g, plan)
-    dproducts = tiles.dot(plan.output.T, dy.reshape(m * m, -1))
-    dproducts = dproducts.reshape(len(weights), -1, features)
+    dproducts = _products_gradient(dy.reshape(plan.m, plan.m, *dy.shape[1:]), plan)
     dweights = jnp.matmul(_transformed_tiles(x, plan).swapaxes(1, 2), dproducts)
     dtiles = jnp.matmul(dproducts, weights.swapaxes(1, 2))
-    dtiles = tiles.dot(plan.input.T, dtiles.reshape(len(weights), -1))
-    dtiles = dtiles.reshape(*plan.size, len(x), *plan.count, -1).transpose(2, 3, 4, 0, 1, 5)
-    return dweights, dbias, tiles.add(dtiles, m, *x.shape[1:3])
+    return dweights, dbias, _input_gradient(dtiles, x, plan)
 
 
 conv_relu.defvjp(_conv_relu_fwd, _conv_relu_bwd)
@@ -129,11 +126,13 @@ class Plan(NamedTuple):
         count: (TH, TW), tiles of an image.
         out: (OH, OW) of the result.
         q: a tile gives q×q numbers of the result: m, or half of it after a pool.
-        output, kernel, input: the constant matrices, [m², n], [n, KH·KW], [n, n] with n = NH·NW
-            (Aᵀ, G and Bᵀ of Lavin & Gray, 2016, for both dimensions at once). Where a pool follows,
-            the rows of `output` are in an order in which the four under it follow each other.
-        rows, columns: the same as `input`, of a whole side of the image: [NH·TH, H], [NW·TW, W].
+        pools: the four outputs of a tile under each pool, in row-major order.
+        output, input: the constant matrices, [m, N] and [N, N], of rows and of columns (Aᵀ and Bᵀ
+            of Lavin & Gray, 2016).
+        kernel: G, of both dimensions at once: [n, KH·KW] with n = NH·NW.
         split: cuts a batch into blocks.
+        concatenate: puts a list of arrays together. To write in place is faster, but XLA gives what
+            does so one thread, and a batch that is not split has them all.
     """
 
     pool: bool
@@ -142,12 +141,12 @@ class Plan(NamedTuple):
     count: tuple[int, int]
     out: tuple[int, int]
     q: int
-    output: np.ndarray
+    pools: np.ndarray
+    output: tuple[np.ndarray, np.ndarray]
+    input: tuple[np.ndarray, np.ndarray]
     kernel: np.ndarray
-    input: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
     split: Callable[[jax.Array], jax.Array]
+    concatenate: Callable[..., jax.Array]
 
 
 def plan_for(x: jax.Array, kernel: jax.Array, pool: bool) -> Plan:
@@ -162,17 +161,16 @@ def plan_for(x: jax.Array, kernel: jax.Array, pool: bool) -> Plan:
         count = tuple(-(-n * stride // m) for n in out)
         return size, count, math.prod(size) * math.prod(count)
 
-    # Larger tiles cost more to transform: they must save a quarter of the products.
-    m = 4 if tiling(4)[2] < 3 / 4 * tiling(2)[2] else 2
+    # Larger tiles cost more to transform: they must save a sixth of the products.
+    m = 4 if tiling(4)[2] < 5 / 6 * tiling(2)[2] else 2
     size, count, _ = tiling(m)
     split = tiles.splitter(len(x), _MOST_TILES // math.prod(count))
-    sides = [_matrices(m, k) for k in (kh, kw)]
-    rows, columns = (_bands(side[2], t, m) for side, t in zip(sides, count, strict=True))
-    output, *others = (np.kron(a, b) for a, b in zip(*sides, strict=True))
-    if pool:
-        output = output.reshape(m // 2, 2, m // 2, 2, -1).swapaxes(1, 2).reshape(m * m, -1)
-    matrices = (matrix.astype(x.dtype) for matrix in (output, *others, rows, columns))
-    return Plan(pool, m, size, count, out, m // stride, *matrices, split)
+    outputs, kernels, inputs = zip(*(_matrices(m, k) for k in (kh, kw)), strict=True)
+    pools = np.arange(m * m).reshape(m // 2, 2, m // 2, 2).swapaxes(1, 2).reshape(-1, 4)
+    both = np.kron(*kernels).astype(x.dtype)
+    concatenate = tiles.concatenate if tiles.is_split(len(x)) else jnp.concatenate
+    sizes = (m, size, count, out, m // stride)
+    return Plan(pool, *sizes, pools, outputs, inputs, both, split, concatenate)
 
 
 @cache
@@ -188,16 +186,8 @@ def _matrices(m, k):
         powers = np.vander([0, 1, -1, 2, -2, 1 / 2, -1 / 2][: n - 1], count, increasing=True)
         return np.vstack([powers, np.eye(count)[-1]])
 
-    return values(m).T, values(k), np.linalg.inv(values(n)).T
-
-
-def _bands(matrix, count, stride):
-    """The matrix [N, N], times tiles that lie so far apart, as one of [N·count, side]."""
-    n = len(matrix)
-    bands = np.zeros((n, count, n + stride * (count - 1)))
-    for t in range(count):
-        bands[:, t, stride * t : stride * t + n] = matrix
-    return bands.reshape(n * count, -1)
+    inverse = np.linalg.inv(values(n))
+    return values(m).T, values(k), np.where(np.abs(inverse) < 1e-9, 0, inverse).T
 
 
 def transformed_kernel(kernel: jax.Array, plan: Plan) -> jax.Array:
@@ -213,24 +203,66 @@ def kernel_gradient(dweights: jax.Array, kernel: jax.Array, plan: Plan) -> jax.A
 
 def _transformed_tiles(x, plan):
     """[B, H, W, C] to [n, B·TH·TW, C]."""
-    # All tiles of a row, then all of a column: none is cut out, and on images of this size that
-    # takes about as much arithmetic as the matrix of a whole tile, or less.
-    (nh, nw), (th, tw), c = plan.size, plan.count, x.shape[3]
-    h, w = plan.rows.shape[1], plan.columns.shape[1]
-    x = _times(plan.columns, tiles.fit(x, h, w).reshape(-1, w, c))
-    x = _times(plan.rows, x.reshape(-1, h, nw * tw * c))
-    x = x.reshape(-1, nh, th, nw, tw * c).transpose(1, 3, 0, 2, 4)
-    return x.reshape(nh * nw, -1, c)
+    m, (nh, nw), (th, tw), c = plan.m, plan.size, plan.count, x.shape[3]
+    rows, columns = _whole(th, nh, m), _whole(tw, nw, m)
+    x = tiles.fit(x, m * rows, m * columns).reshape(len(x), m * rows, columns, m, c)
+    x = [x[:, :, j // m : j // m + tw, j % m] for j in range(nw)]
+    x = plan.concatenate([_sum(row, x)[None] for row in plan.input[1]])
+    x = x.reshape(nw, -1, rows, m, tw * c)
+    x = [x[:, :, i // m : i // m + th, i % m] for i in range(nh)]
+    return plan.concatenate([_sum(row, x).reshape(nw, -1, c) for row in plan.input[0]])
 
 
-def _times(matrix, x):
-    """matrix @ x for x [N, K, M]."""
-    # Given the matrix alone, `matmul` would make [M', N, M] and transpose it.
-    return jnp.matmul(jnp.broadcast_to(matrix, (len(x), *matrix.shape)), x)
+def _input_gradient(dtiles, x, plan):
+    """The transpose of `_transformed_tiles`."""
+    m, (nh, nw), (th, tw), c = plan.m, plan.size, plan.count, x.shape[3]
+    rows, columns = _whole(th, nh, m), _whole(tw, nw, m)
+    dx = _overlapped(plan, plan.input[0], dtiles.reshape(nh, nw, len(x), th, tw * c), rows)
+    dx = _overlapped(plan, plan.input[1], dx.reshape(nw, len(x), m * rows, tw, c), columns)
+    return tiles.fit(dx.reshape(len(x), m * rows, m * columns, c), *x.shape[1:3])
+
+
+def _overlapped(plan, matrix, dtiles, count):
+    """matrix.T times tiles [N, A, B, T, D], added up to [A, B, count, m, D]."""
+
+    def phase(first):
+        """Pixels m apart, by one tile after the other that reaches them."""
+        for shift, pixel in enumerate(range(first, len(matrix), plan.m)):
+            after = count - dtiles.shape[3] - shift
+            filling = ((0, 0), (0, 0), (shift, after), (0, 0))
+            yield jnp.pad(_sum(matrix[:, pixel], dtiles), filling)[:, :, :, None]
+
+    return plan.concatenate([sum(phase(i)) for i in range(plan.m)], 3)
+
+
+def _output_tiles(products, plan):
+    """[n, B·TH·TW, F] to the m² outputs of all tiles, [1, B·TH·TW, F] each."""
+    products = products.reshape(*plan.size, *products.shape[1:])
+    rows = plan.concatenate([_sum(row, products)[None] for row in plan.output[0]])
+    return [_sum(column, row)[None] for row in rows for column in plan.output[1]]
+
+
+def _products_gradient(dy, plan):
+    """The transpose of `_output_tiles`, of [m, m, B·TH·TW, F]."""
+    dy = dy.swapaxes(0, 1)
+    rows = plan.concatenate([_sum(column, dy)[None] for column in plan.output[1].T])
+    rows = rows.swapaxes(0, 1)
+    return plan.concatenate([_sum(row, rows) for row in plan.output[0].T])
+
+
+def _sum(numbers, arrays):
+    """The sum of number·array, without what is 0."""
+    first, *rest = (float(numbers[i]) * arrays[i] for i in np.flatnonzero(numbers))
+    return sum(rest, first)
+
+
+def _whole(count, size, m):
+    """A side of the image in steps of m, so that there are `count` tiles of `size`."""
+    return count - 1 + -(-size // m)
 
 
 def _from_output_tiles(y, plan):
-    """[q, q, B·TH·TW, F] to [B, OH, OW, F]."""
+    """[q², B·TH·TW, F] to [B, OH, OW, F]."""
     q, (th, tw) = plan.q, plan.count
     y = y.reshape(q, q, -1, th, tw, y.shape[-1]).transpose(2, 3, 0, 4, 1, 5)
     return tiles.fit(y.reshape(-1, th * q, tw * q, y.shape[-1]), *plan.out)
@@ -240,4 +272,5 @@ def _to_output_tiles(y, plan):
     """The transpose of `_from_output_tiles`."""
     q, (th, tw) = plan.q, plan.count
     y = tiles.fit(y, th * q, tw * q).reshape(-1, th, q, tw, q, y.shape[3])
-    return y.transpose(2, 4, 0, 1, 3, 5).reshape(q, q, -1, y.shape[-1])
+    parts = [y[:, :, i, :, j].reshape(1, -1, y.shape[5]) for i, j in np.ndindex(q, q)]
+    return plan.concatenate(parts)

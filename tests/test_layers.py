@@ -17,6 +17,7 @@ from mnist_flax import (
     side_by_side,
     tiles,
     winograd,
+    winograd_narrow,
     xla_conv,
 )
 from mnist_flax.errors import UserError
@@ -100,6 +101,24 @@ def test_winograd_is_xlas_convolution(monkeypatch, conv, kernel_size, size, spli
         monkeypatch.setattr(winograd, "_MOST_TILES", 16)
         monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
     assert_same(conv, x, kernel, "VALID", 2e-5)
+
+
+# One tile, sides that are even and odd, and a batch whose last block is filled up.
+@pytest.mark.parametrize(("batch", "size"), [(16, (4, 5)), (20, (9, 12)), (37, (13, 7))])
+@pytest.mark.parametrize("channels", [8, 30])
+def test_narrow_winograd_is_xlas_convolution(batch, size, channels):
+    x, kernel = normal(0, (batch, *size, channels)), normal(1, (3, 3, channels, 15))
+    assert winograd_narrow.suits(x, kernel)
+    assert_same(layers.conv_relu_pool, x, kernel, "VALID", 4e-6)
+
+
+@pytest.mark.parametrize("batch_and_kernel", [(15, 3, 3, 8, 8), (16, 3, 2, 8, 8), (16, 3, 3, 7, 8)])
+def test_narrow_winograd_is_for_batches_and_kernels_that_it_suits(batch_and_kernel):
+    batch, *shape = batch_and_kernel
+    x = jnp.zeros((batch, 9, 9, shape[2]))
+    assert not winograd_narrow.suits(x, jnp.zeros(shape))
+    wide = jnp.zeros((16, 9, 9, 8), jnp.bfloat16), jnp.zeros((3, 3, 8, 8), jnp.bfloat16)
+    assert not winograd_narrow.suits(*wide)
 
 
 @pytest.mark.parametrize(
