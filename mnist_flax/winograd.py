@@ -206,11 +206,11 @@ def _transformed_tiles(x, plan):
     m, (nh, nw), (th, tw), c = plan.m, plan.size, plan.count, x.shape[3]
     rows, columns = _whole(th, nh, m), _whole(tw, nw, m)
     x = tiles.fit(x, m * rows, m * columns).reshape(len(x), m * rows, columns, m, c)
-    x = [x[:, :, j // m : j // m + tw, j % m] for j in range(nw)]
-    x = plan.concatenate([_sum(row, x)[None] for row in plan.input[1]])
+    taps = [x[:, :, j // m : j // m + tw, j % m] for j in range(nw)]
+    x = plan.concatenate([_sum(row, taps)[None] for row in plan.input[1]])
     x = x.reshape(nw, -1, rows, m, tw * c)
-    x = [x[:, :, i // m : i // m + th, i % m] for i in range(nh)]
-    return plan.concatenate([_sum(row, x).reshape(nw, -1, c) for row in plan.input[0]])
+    taps = [x[:, :, i // m : i // m + th, i % m] for i in range(nh)]
+    return plan.concatenate([_sum(row, taps).reshape(nw, -1, c) for row in plan.input[0]])
 
 
 def _input_gradient(dtiles, x, plan):
