@@ -161,8 +161,8 @@ def plan_for(x: jax.Array, kernel: jax.Array, pool: bool) -> Plan:
         count = tuple(-(-n * stride // m) for n in out)
         return size, count, math.prod(size) * math.prod(count)
 
-    # Larger tiles cost more to transform: they must save a sixth of the products.
-    m = 4 if tiling(4)[2] < 5 / 6 * tiling(2)[2] else 2
+    # Larger tiles cost more to transform and round more: they must save a quarter of the products.
+    m = 4 if tiling(4)[2] < 3 / 4 * tiling(2)[2] else 2
     size, count, _ = tiling(m)
     split = tiles.splitter(len(x), _MOST_TILES // math.prod(count))
     outputs, kernels, inputs = zip(*(_matrices(m, k) for k in (kh, kw)), strict=True)
