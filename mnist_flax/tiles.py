@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mnist_flax import shardings
-
 # Batches of fewer images are not split: where one is not shared its device has all cores, for which
 # the products of a block would be too small.
 _LEAST_SPLIT = 16
@@ -60,7 +58,7 @@ def concatenate(parts: Sequence[jax.Array], axis: int = 0) -> jax.Array:
     """
     shape = list(parts[0].shape)
     shape[axis] *= len(parts)
-    whole, _ = shardings.match_varying(jnp.zeros(shape, parts[0].dtype), parts[0])
+    whole = jnp.zeros(shape, parts[0].dtype)
     for i, part in enumerate(parts):
         whole = lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[axis], axis)
     return whole
