@@ -527,10 +527,10 @@ def test_the_best_is_not_chosen_by_images_of_the_test_set(tmp_path, monkeypatch)
 
 
 def test_a_run_takes_the_steps_of_its_seed_its_epochs_and_its_schedule(tmp_path):
-    overrides = {"model": "larger", "seed": 3, "epochs": 2, "parallel": 1, "schedule": "cosine"}
+    overrides = {"model": "convnet", "seed": 3, "epochs": 2, "parallel": 1, "schedule": "cosine"}
     config = small_config(**overrides, **{"data.watch_split": ""})
     train.train_and_evaluate(config, tmp_path / "run")
-    data, model = datasets.load("digits", "train[:90]"), models.create("larger")
+    data, model = datasets.load("digits", "train[:90]"), models.create("convnet")
     tx = optim.create("adam", optax.cosine_decay_schedule(1e-3, 12))
     expected = state_lib.create(3, model, tx, (28, 28, 1))
     epoch = quick_jit(partial(steps.train_epoch, model=model, tx=tx))
