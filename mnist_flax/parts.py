@@ -189,7 +189,7 @@ def piece_length(config: ConfigDict, num_examples: int, most: int, mesh: Mesh) -
     if 0 < every < per_epoch:
         divisors = [n for n in range(1, min(every, cap) + 1) if every % n == 0]
         return min(divisors, key=lambda n: max(n, length) / min(n, length))
-    return next((n for n in range(length, min(2 * length, cap + 1)) if per_epoch % n == 0), length)
+    return next((n for n in range(length, min(3 * length, cap + 1)) if per_epoch % n == 0), length)
 
 
 def _on_cpu() -> bool:

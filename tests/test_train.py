@@ -737,7 +737,15 @@ def piece_length(config, num_examples, most):
 
 @pytest.mark.parametrize(
     ("steps", "every", "length"),
-    [(47, 0, 47), (300, 0, 15), (938, 0, 67), (110, 0, 10), (6750, 0, 375), (1009, 0, 50)]
+    [
+        (47, 0, 47),
+        (300, 0, 15),
+        (469, 0, 67),
+        (938, 0, 67),
+        (110, 0, 10),
+        (6750, 0, 375),
+        (1009, 0, 50),
+    ]
     + [(300, 10, 10), (300, 100, 20), (300, 7, 7), (300, 101, 101), (300, 999, 15), (47, 4, 4)],
 )
 def test_pieces_divide_an_epoch_where_they_can(steps, every, length):
