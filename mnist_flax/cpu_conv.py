@@ -3,13 +3,14 @@
 | convolution | form | multiplications |
 |---|---|---|
 | 3×3 to 5×5, 32 channels and features or more | `winograd.conv_relu` | 4/25 to 4/9 |
-| other 3×3 of 8 or more, pooled, in batches of 16 | `winograd_narrow.conv_relu_pool` | 4/9 |
+| other 3×3 of 8 or more, pooled, 16 images or more | `winograd_narrow.conv_relu_pool` | 4/9 |
 | other, not pooled or in a batch of fewer than 16 | `_by_patches` | 1 |
 | other, and all of 16 bits | `side_by_side.conv_relu` | 1 to 16/9 |
 
-The last column is relative to direct convolution. It is 16/9 at most where a pool follows: for the
-kernel's gradient, and in 16 bits for all three products. A narrow convolution that is not pooled,
-before one of the first row, is computed block by block in the latter's loop (`conv_pair.py`).
+The last column is relative to direct convolution. In its last row the kernel's gradient, and in 16
+bits all three products, have 16/9 where a pool follows a 3×3 kernel, 36/25 after a 5×5. A narrow
+convolution that is not pooled, before one of the first row, is computed block by block in the
+latter's loop (`conv_pair.py`).
 
 `benchmarks/NOTES.md` has the measurements behind this table. All have gradients written out:
 autodiff would turn the gradient of patches into KH·KW padded additions over the whole input.

@@ -18,14 +18,16 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, precision=No
     Of x [B, K], without `precision`, the kernel's gradient is faster than JAX's own.
     `dimension_numbers` contract x's last axis with the kernel's first, as `Dense` gives them.
     """
-    if x.ndim != 2 or precision is not None or shardings.on_explicit_mesh(x, kernel):
+    # Examples of a batch of symbolic size, as of `jax.export`, cannot be counted.
+    plain = x.ndim != 2 or precision is not None or not isinstance(x.shape[0], int)
+    if plain or shardings.on_explicit_mesh(x, kernel):
         return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
     return _product(*shardings.match_varying(x, kernel))
 
 
 @jax.custom_vjp
 def _product(x, kernel):
-    return x @ kernel
+    return _product_fwd(x, kernel)[0]
 
 
 def _product_fwd(x, kernel):

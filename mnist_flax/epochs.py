@@ -125,7 +125,8 @@ def run_pieces(
 
     Yields:
         For each piece the newest state, which is that after the last piece in the end, and the
-        metrics of the piece on the host.
+        metrics of the piece on the host. A program that was compiled with `donate` overwrites the
+        state when the next is asked for.
     """
     running = None
     for piece in pieces:

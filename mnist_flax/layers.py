@@ -145,7 +145,8 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
         padding: "VALID" or "SAME".
 
     Returns:
-        [B, OH, OW, F] of the operands' dtype; sums are kept in float32 at least.
+        [B, OH, OW, F] of the operands' dtype; sums are kept in float32 at least, of which on GPU
+        and TPU the bias is added to what they round to.
 
     Raises:
         UserError: the kernel does not fit into the image.
@@ -157,10 +158,12 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
 
 
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
-    """`pooling.max_pool(conv_relu(x, kernel, bias, padding))`, without the larger array on CPU.
+    """`pooling.max_pool(conv_relu(x, kernel, bias, padding))`.
 
-    Bias and ReLU come after the pool: both keep the order of the numbers, so that the values and
-    gradients are the same, for a quarter of the work.
+    On CPU mostly without the larger array, as bias and ReLU come after the pool: both keep the
+    order of the numbers, so that the values are the same, for a quarter of the work. So are the
+    gradients, but where adding the bias rounds unequal numbers to equal ones: the largest of them
+    still gets it.
 
     Returns:
         [B, OH // 2, OW // 2, F] of the operands' dtype.
@@ -180,10 +183,14 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: st
 
 
 def conv_relu_twice(x: jax.Array, first: Conv, second: Conv) -> jax.Array:
-    """second(first(x)) of 'valid' convolutions that have parameters, in one loop on CPU.
+    """second(first(x)) of two convolutions that have parameters, in one loop on CPU.
+
+    Args:
+        x: [B, H, W, C].
+        first, second: of one dtype, with padding "VALID"; the first without a pool.
 
     Returns:
-        [B, OH, OW, F] of the second's dtype, with its pool [B, OH // 2, OW // 2, F].
+        [B, OH, OW, F] of their dtype, with the second's pool [B, OH // 2, OW // 2, F].
 
     Raises:
         UserError: a kernel does not fit into the image, or the pool into the output.

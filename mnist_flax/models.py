@@ -5,7 +5,7 @@
     logits = model.apply(variables, images)
 
 Every network takes images [B, H, W, C] in [0, 1] of any floating-point dtype, which is cast, and
-gives logits [B, num_classes], float32 or wider; integers, to be scaled by `steps.scale`, raise
+gives logits [B, num_classes], float32 or wider; integers (`steps.scale` scales uint8) raise
 `UserError`. `train=True` turns dropout on and needs `rngs={"dropout": key}` where there is any.
 Weights start as in Keras: Glorot-uniform kernels and zero biases. Any number of channels and
 classes will do, and any image size of which the convolutions and pools leave something; smaller
@@ -63,7 +63,11 @@ class CNN(nn.Module):
         # In one loop the two modules are not called, only their parameters are read: not where
         # there are none yet, nor where each call may be looked at, as by summaries, interceptors
         # or who collects intermediates.
-        looked_at = self.is_initializing() or self.is_mutable_collection("intermediates")
+        looked_at = (
+            self.is_initializing()
+            or self.is_mutable_collection("intermediates")
+            or _is_intercepted()
+        )
         if train and not looked_at and len(convs) > 1 and not convs[0].pool:
             first, second, *convs = convs
             x = conv_relu_twice(x, first, second)
@@ -105,6 +109,11 @@ class Branched(nn.Module):
         return _logits(x, self.num_classes, self.dtype)
 
 
+def _is_intercepted():
+    # Flax has no public way to ask.
+    return bool(getattr(nn.module, "_global_interceptor_stack", ()))
+
+
 def _check(images):
     if images.ndim != 4:
         raise UserError(
@@ -114,7 +123,7 @@ def _check(images):
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(
             f"images are floating-point numbers in [0, 1], and here are {images.dtype}: "
-            "scale them, as mnist_flax.steps.scale does"
+            "scale them, bytes as mnist_flax.steps.scale does"
         )
 
 

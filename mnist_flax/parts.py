@@ -174,7 +174,8 @@ def piece_length(config: ConfigDict, num_examples: int, most: int, mesh: Mesh) -
     more where the device would be idle between programs, or less on CPU, where the seeds of a
     device take turns. It takes at most `most` examples, but always a step. It divides
     `checkpoint.every_steps` where that is shorter than the epoch; otherwise it divides the epoch if
-    a nearby length does, since the remainder would be a second program to compile.
+    a length up to three times as long does, since the remainder would be a second program to
+    compile.
     """
     per_epoch, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
     turns = config.num_seeds // mesh.shape[parallel.SEEDS] if _on_cpu() else 1

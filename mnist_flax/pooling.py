@@ -46,7 +46,8 @@ def bias_relu_pool(x: jax.Array, bias: jax.Array) -> jax.Array:
     """`max_pool(nn.relu(x + bias))` of [B, H, W, C] and [C], for GPU and TPU.
 
     What is kept for the gradient is one byte an output, which says where it goes, if anywhere:
-    XLA would keep the pooled numbers too, and write what ReLU leaves of the gradient.
+    XLA would keep the pooled numbers too, and write what ReLU leaves of the gradient. Of unequal
+    numbers that adding the bias rounds to equal ones the largest gets it.
     """
     return _bias_relu_pool_fwd(x, bias)[0]
 

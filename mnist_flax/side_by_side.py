@@ -7,8 +7,8 @@ The four outputs under one 2×2 pool see the same tile of (KH + 1)×(KW + 1) pix
 at four places in it. Tiles are cut once, 2 pixels apart; the forward pass and the input's gradient
 make a product for each place, so that the pool compares four whole arrays. The tiles come from
 strips of whole rows of them, so that runs are long and the few images of a block, whose tiles stay
-in the cache, are enough. The kernel's gradient is one product of all places with whole tiles: up to
-16/9 of the arithmetic, but products of one place would be too narrow. In 16 bits, where products
+in the cache, are enough. The kernel's gradient is one product of all places with whole tiles: 16/9
+of the arithmetic for 3×3, but products of one place would be too narrow. In 16 bits, where products
 take less time than copies, the forward pass and the input's gradient are one such product too.
 """
 

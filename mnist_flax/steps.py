@@ -46,7 +46,9 @@ class Batch:
 
 @flax.struct.dataclass
 class Metrics:
-    """Sums over examples: the loss (float32), correct predictions and their number (int32).
+    """Sums over examples: the loss, correct predictions and their number (int32).
+
+    The loss is float32, or of one step with wider logits of their dtype.
 
     Those of several batches are added with `+`.
     """

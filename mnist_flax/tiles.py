@@ -25,6 +25,7 @@ def is_split(batch: int) -> bool:
 def splitter(batch: int, most: int) -> Callable[[jax.Array], jax.Array]:
     """A function from [B, ...] to [blocks, block, ...] with blocks of at most `most` images.
 
+    Of a batch that is not split at all there is one block.
     A batch that no good block size divides is cut into as few blocks of one size as there can be,
     the last filled up with zeros, which add nothing to sums.
     """

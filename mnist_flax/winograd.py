@@ -2,8 +2,9 @@
 
 Tiles of the input and the kernel are transformed so that m×m outputs take (m + KH - 1)·(m + KW - 1)
 products instead of m²·KH·KW: 64 instead of 400 for 4×4 outputs of a 5×5 kernel, 16 instead of 36
-for 2×2 of a 3×3. Transforms go along one dimension after the other, as sums of whole arrays: the
-matrix of both at once would be up to five times the arithmetic.
+for 2×2 of a 3×3. Tiles and outputs are transformed along one dimension after the other, as sums of
+whole arrays: the matrix of both at once, which a kernel is multiplied with, would be up to five
+times the arithmetic.
 
 The price is accuracy, at 5×5 an error of about 1e-5 of the largest output, and that where an output
 is exactly zero, as of a blank part of an image before the first update of the biases, rounding

@@ -381,3 +381,69 @@ def test_intermediates_in_training_are_those_of_every_layer():
     apply = partial(model.apply, train=True, rngs=rngs, capture_intermediates=True)
     _, captured = jax.eval_shape(apply, variables, images)
     assert {"Conv_0", "Conv_1", "Dense_0", "Dense_1"} <= captured["intermediates"].keys()
+
+
+def test_interceptors_see_every_layer_in_training():
+    model, called = models.create("double_conv_3x3"), []
+    variables = random_variables(model)
+
+    def note(next_call, args, kwargs, context):
+        called.append((context.module.name, context.method_name))
+        return next_call(*args, **kwargs)
+
+    apply = partial(model.apply, train=True, rngs={"dropout": jax.random.key(0)})
+    with nn.intercept_methods(note):
+        jax.eval_shape(apply, variables, jnp.zeros((2, 28, 28, 1)))
+    assert {("Conv_0", "__call__"), ("Conv_1", "__call__")} <= set(called)
+
+
+def test_images_too_small_are_refused_in_training():
+    model = models.create("double_conv_5x5")
+    apply = partial(model.apply, train=True, rngs={"dropout": jax.random.key(0)})
+    for size, message in ((8, "4×4 pixels reach a 5×5 convolution"), (9, "1×1 pixels reach a 2×2")):
+        with pytest.raises(UserError, match=message):
+            jax.eval_shape(apply, random_variables(model), jnp.zeros((2, size, size, 1)))
+
+
+def test_the_gradient_of_a_network_is_exported_for_batches_of_any_size():
+    model = models.CNN(convs=((4, 3, True),), dense=(5,))
+    variables = random_variables(model, (8, 8, 1))
+
+    @quick_jit
+    def gradient(variables, images):
+        return jax.grad(lambda *operands: jnp.sum(model.apply(*operands) ** 2))(variables, images)
+
+    shape = export.symbolic_shape("b, 8, 8, 1")
+    exported = export.export(gradient)(variables, jax.ShapeDtypeStruct(shape, jnp.float32))
+    images = uniform(0, (3, 8, 8, 1))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        exported.call(variables, images),
+        gradient(variables, images),
+    )
+
+
+def test_a_hessian_is_that_of_plain_linen_layers():
+    model = models.CNN(convs=((8, 3, True),), dense=(), num_classes=3)
+    params, images = random_variables(model, (6, 6, 8))["params"], uniform(0, (17, 6, 6, 8))
+
+    def hessian(logits):
+        def loss(bias):
+            layer = params["Conv_0"] | {"bias": bias}
+            return jnp.sum(logits(params | {"Conv_0": layer}, images) ** 3)
+
+        return quick_jit(jax.jacrev(jax.grad(loss)))(params["Conv_0"]["bias"])
+
+    def ours(params, images):
+        return model.apply({"params": params}, images, train=True)
+
+    expected = hessian(partial(reference_logits, "baseline"))
+    np.testing.assert_allclose(hessian(ours), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_there_is_no_forward_mode():
+    model = models.create("baseline")
+    apply = partial(model.apply, random_variables(model))
+    images = uniform(0, (2, 28, 28, 1))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(apply, (images,), (images,))

@@ -151,8 +151,9 @@ def parallel_step(train_step, how):
 
         return run
     spec = jax.sharding.PartitionSpec
-    if how == "explicit axes":
-        mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Explicit,))
+    if how in ("explicit axes", "jit"):
+        kind = {"explicit axes": jax.sharding.AxisType.Explicit, "jit": jax.sharding.AxisType.Auto}
+        mesh = jax.make_mesh((4,), ("devices",), axis_types=(kind[how],))
         everywhere, shared = (jax.NamedSharding(mesh, s) for s in (spec(), spec("devices")))
 
         def shared_out(start, batch):
@@ -174,7 +175,9 @@ def parallel_step(train_step, how):
     )
 
 
-@pytest.mark.parametrize("how", ["pmap", "shard_map", "unchecked shard_map", "explicit axes"])
+@pytest.mark.parametrize(
+    "how", ["pmap", "shard_map", "unchecked shard_map", "explicit axes", "jit"]
+)
 def test_several_devices_give_the_single_devices_result(how):
     # With dropout.
     model = models.create("larger")
