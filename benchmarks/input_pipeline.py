@@ -40,10 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     device = "cpu" if jax.default_backend() == "cpu" else "gpu"
     result = {
         "network": args.network,
+        "dataset": args.dataset,
+        "split": args.split,
         **hardware.origin(device),
         "images_per_second": speeds,
     }
-    file = args.results / f"input_pipeline_{device}.json"
+    file = args.results / f"input_pipeline_{suite.kind(device, dataset=args.dataset)}.json"
     suite.write(result, file, table(result))
     suite.bars({f"images/s, {args.network}": speeds}, file.with_suffix(".png"))
 
@@ -107,7 +109,8 @@ def table(result: dict) -> str:
     count = len(next(iter(result["images_per_second"].values())))
     lines += [
         "",
-        f"`{result['network']}`; medians of {count} runs; {suite.conditions(result)}",
+        f"`{result['network']}`, {result['dataset']} ({result['split']}); "
+        f"medians of {count} runs; {suite.conditions(result)}",
     ]
     return "\n".join(lines) + "\n"
 

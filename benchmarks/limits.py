@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
 
     origin = hardware.origin(args.device)
     file = args.results / f"limits_{suite.kind(args.device, args.dtype)}.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    results = {}
     for network in args.networks:
         usual = recipes.config(network).batch_size
         sizes = sorted({usual, *(args.batch_sizes or BATCH_SIZES[args.device])})
@@ -106,7 +107,6 @@ def main(argv: list[str] | None = None) -> None:
             "work": work(network, args.dtype)._asdict(),
             "images_per_second": {str(size): [] for size in sizes},
         }
-    results = {network: results[network] for network in models.names() if network in results}
     dtype = {"compute_dtype": args.dtype}
     for repetition in range(args.repetitions):
         found = run(args.device, dtype)
@@ -126,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
                 except UserError as failure:
                     print(f"{failure}\n{network}: goes on without its profile", flush=True)
             # After each network, so that a long run that is stopped keeps what it has.
-            have = {name: r for name, r in results.items() if r["ceilings"]}
+            have = before | {name: r for name, r in results.items() if r["ceilings"]}
+            have = {name: have[name] for name in models.names() if name in have}
             suite.write(have, file, table(have))
 
 

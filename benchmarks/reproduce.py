@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.keras and args.dtype != "float32":
         raise UserError("in Keras the recipes are trained in float32 only: leave out --dtype")
+    if args.keras:
+        suite.check_installed(("--keras", "keras"), ("--keras", "tensorflow"))
     kind = suite.kind(args.device, args.dtype)
     file, runs = args.results / f"reproduce_{kind}.json", args.runs.absolute() / kind
     before = json.loads(file.read_text()) if file.exists() else {}
@@ -212,7 +214,8 @@ def table(found: Results) -> str:
         for run in runs:
             devices[run["device"]] = None
             for name, version in run["versions"].items():
-                versions.setdefault(name, {})[version] = None
+                if version:
+                    versions.setdefault(name, {})[version] = None
     conditions = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
     minutes = "; ".join(f"{', '.join(recipes)} on {device}" for device, recipes in timed.items())
     return (

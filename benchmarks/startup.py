@@ -27,6 +27,7 @@ import numpy as np
 
 from benchmarks import hardware, recipes, suite
 from benchmarks.throughput import OURS
+from benchmarks.worker import RSS_UNIT
 from mnist_flax import cli, models
 
 AGAIN = f"{OURS}, again"
@@ -62,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(
                     f"{done} {script}: first step {first:.1f} s, process {whole:.1f} s", flush=True
                 )
-    result = {"network": args.network, **origin, "runs": runs}
-    file = args.results / f"startup_{args.device}.json"
+    result = {"network": args.network, "dataset": args.dataset, **origin, "runs": runs}
+    file = args.results / f"startup_{suite.kind(args.device, dataset=args.dataset)}.json"
     suite.write(result, file, table(result))
     titles = {
         "first_step": "seconds from the command to the first step",
@@ -128,7 +129,7 @@ def run(script: str, args: argparse.Namespace, folder: Path) -> dict[str, float]
     return {
         "first_step": float(first.split()[-1]) - began,
         "whole_process": whole,
-        "peak_memory_mib": usage.ru_maxrss / 1024,
+        "peak_memory_mib": usage.ru_maxrss * RSS_UNIT / 2**20,
     }
 
 

@@ -46,7 +46,7 @@ def parser(
     return made
 
 
-def kind(device: str, dtype: str, dataset: str = "mnist") -> str:
+def kind(device: str, dtype: str = "float32", dataset: str = "mnist") -> str:
     """What the file of a result is called after: the device, and what is not as usual."""
     unusual = [value for value in (dtype, dataset) if value not in ("float32", "mnist")]
     return "_".join([device, *unusual])

@@ -59,13 +59,17 @@ def main() -> None:
     )
 
 
+# Bytes in the unit of `ru_maxrss`.
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
 def peak_memory() -> int:
     """Bytes that this process had in memory at most."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        # In KiB; it may begin with what the parent had.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # It may begin with what the parent had.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 

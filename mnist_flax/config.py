@@ -49,8 +49,8 @@ def default() -> ConfigDict:
             # JAX_DEFAULT_MATMUL_PRECISION=highest is set.
             "compute_dtype": "float32",
             # Number of devices. They share the seeds first, then each batch. 0 chooses: one GPU or
-            # TPU; on CPU as many cores as divide the seeds evenly and leave each core at least 16
-            # examples of a batch.
+            # TPU; on CPU the most cores among which seeds divide evenly, or batches of at least 16
+            # examples for each core; of equal numbers that with fewest cores to a batch.
             "parallel": 0,
             "data": {
                 # "digits" (embedded), "mnist", "fashion_mnist", "kmnist" or another TFDS name.

@@ -117,7 +117,8 @@ def load(name: str, split: str, manual_dir: str = "") -> Arrays:
     Raises:
         UserError: what `check_split` finds; a set that can be neither found, downloaded nor
           prepared; files that are damaged, or need a package that is not installed; a wrong or
-          missing file in `manual_dir`; images of several sizes or without a label.
+          missing file in `manual_dir`; images of several sizes, without a label or with one
+          that is no class.
     """
     from mnist_flax import builders
 
@@ -242,7 +243,8 @@ def _read_cache(folder: Path, split: str, source: str) -> Arrays | None:
         if record["checksums"] != [_checksum(array) for array in arrays]:
             raise ValueError("wrong checksum")
         return arrays
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except Exception as error:
+        # NumPy raises whatever a damaged header leads to, MemoryError and TokenError among it.
         warnings.warn(f"decoding again, as the cache {folder} is damaged: {error}", stacklevel=2)
         return None
 

@@ -109,7 +109,8 @@ class Streamed:
         """The steps of `rows`, int32 [steps, seeds, B], in pieces of at most `length`.
 
         Raises:
-            UserError: an example cannot be read, has no label or is of another size.
+            UserError: an example cannot be read, is of another size, or has no label or one that is
+                no class.
         """
         # Here, as a run with resident data does not need it.
         import grain

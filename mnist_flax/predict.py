@@ -42,7 +42,8 @@ def read(path: Path, shape: tuple[int, int, int], invert: bool) -> np.ndarray:
         raise UserError(f"image files have 1 or 3 channels, and the network takes {shape[2]}")
     try:
         image = Image.open(path, formats=_FORMATS)
-        if (pictures := getattr(image, "n_frames", 1)) > 1:
+        # A camera's JPEG may hold a small copy of the picture, too.
+        if (pictures := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
             raise UserError(f"it has {pictures} pictures")
         # Of a PGM they come as 32.
         has_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")

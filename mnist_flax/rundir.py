@@ -1,4 +1,4 @@
-"""A run folder: config.json, metrics.jsonl, summary.json and checkpoints/."""
+"""A run folder: config.json, metrics.jsonl, summary.json, checkpoints/ and a lock, .lock."""
 
 import fcntl
 import json
@@ -147,7 +147,10 @@ def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
             be written.
     """
     with _as_user_error(run_dir):
+        made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            files.sync_one(path.parent)
         lock = (run_dir / _LOCK).open("w")
     # The system unlocks what is closed, also when the process is killed.
     with lock:

@@ -44,7 +44,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     Called again on the same folder it resumes after the newest checkpoint; on CPU with as many
     devices that gives bit for bit the parameters of a run that was never stopped. For a finished
     run it returns the summary. On CPU each core becomes a device only if this is called before
-    JAX's first computation.
+    JAX's first computation; before JAX 0.11 the environment variable NPROC is 1 from then on, with
+    which JAX takes one thread a device, in the processes started from this one, too.
 
     Args:
         config: as `config.default()`, which says what each key means.

@@ -14,7 +14,13 @@ from mnist_flax import state
 
 # `jax.jit` for what runs once or twice: LLVM's optimisations take longer than they save. Not where
 # two programs must give the same bits, which are then compiled as users have them.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+_QUICKLY = {"xla_backend_optimization_level": 0}
+quick_jit = partial(jax.jit, compiler_options=_QUICKLY)
+
+
+def quick(mapped, *operands):
+    """The same of a function that `jax.pmap` made, for such operands."""
+    return mapped.lower(*operands).compile(_QUICKLY)
 
 
 def normal(seed, shape, dtype=jnp.float32):

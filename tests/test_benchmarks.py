@@ -210,11 +210,13 @@ def test_each_way_of_bringing_images_from_the_command_line(tmp_path):
     datasets.load("digits", "train")
     arguments = "--network baseline --dataset digits --repetitions 1"
     input_pipeline.main([*arguments.split(), f"--results={tmp_path}"])
-    result = json.loads((tmp_path / "input_pipeline_cpu.json").read_text())
+    result = json.loads((tmp_path / "input_pipeline_cpu_digits.json").read_text())
     speeds = result["images_per_second"]
     assert list(speeds) == ["tfds", "grain", "train, stream", "train, resident"]
     assert all(speed > 0 for (speed,) in speeds.values())
-    assert (tmp_path / "input_pipeline_cpu.md").read_text() == input_pipeline.table(result)
+    text = (tmp_path / "input_pipeline_cpu_digits.md").read_text()
+    assert text == input_pipeline.table(result)
+    assert "`baseline`, digits (train); medians of 1 runs" in text
 
 
 def test_a_result_says_which_commit_gave_it(tmp_path, monkeypatch):
@@ -322,7 +324,8 @@ def test_what_ends_reproduce_ends_what_it_runs(monkeypatch):
 
 def test_the_table_of_accuracies():
     def run(accuracy, by="mnist_flax"):
-        versions = {"keras": "3"} if by == "keras" else {"jax": "1"}
+        # What is not installed, or has another name, such as tensorflow-cpu, has no version.
+        versions = {"keras": "3", "tensorflow": None} if by == "keras" else {"jax": "1"}
         facts = {"device": "cpu (2 cores)", "versions": versions, "minutes": 1.5}
         return {"by": by, "test_accuracy": accuracy} | facts
 
@@ -398,6 +401,9 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     assert reproduce_larger(*on_gpu, "--keras", together=()) == [[0], [1], [2], [3]]
     with pytest.raises(UserError, match="in float32 only"):
         reproduce_larger("--keras", "--dtype=bfloat16")
+    monkeypatch.setattr(environment, "version_of", {"keras": "3"}.get)
+    with pytest.raises(UserError, match="--keras needs tensorflow, which is not installed"):
+        reproduce_larger("--keras")
 
 
 def test_the_work_of_larger_by_hand():
@@ -457,6 +463,11 @@ def test_limits_are_kept_network_by_network(monkeypatch, tmp_path):
     assert results["larger"]["images_per_second"] == {"64": [100, 100], "200": [100, 100]}
     assert results["convnet"]["images_per_second"] == {"64": [100, 100]}
     assert "profile" in results["larger"] and "profile" not in results["convnet"]
+    # One that is stopped before it has new ones keeps the results of before.
+    monkeypatch.setattr(scaling, "run", lambda *_: sys.exit(130))
+    with pytest.raises(SystemExit):
+        limits.main(["--networks", "larger", "convnet", *flags])
+    assert results == json.loads((tmp_path / "limits_cpu_bfloat16.json").read_text())
     # On a GPU, without its graphs.
     assert limits.run("gpu", {"network": "larger"})["step"] == 10
     text = (tmp_path / "limits_cpu_bfloat16.md").read_text()

@@ -525,13 +525,17 @@ def test_the_cache_follows_a_data_set_that_is_prepared_again(fresh):
 
 
 @pytest.mark.parametrize("file", ["train.json", "train_images.npy", "train_labels.npy"])
-@pytest.mark.parametrize("damage", ["truncated", "overwritten", "removed"])
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "header", "removed"])
 def test_a_damaged_cache_is_made_again(fresh, file, damage):
     write_tfrecord_set(fresh, "mnist", "3.0.1", FIVE)
     expected = datasets.load("mnist", "train")
     path = fresh / "mnist_flax_cache/mnist-3.0.1" / file
     if damage == "truncated":
         os.truncate(path, path.stat().st_size - 1)
+    elif damage == "header":
+        # Of an array NumPy takes it for Python, which it parses.
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"{", b"(", 1))
     elif damage == "overwritten":
         content = path.read_bytes()
         path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])

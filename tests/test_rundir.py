@@ -210,6 +210,14 @@ def test_what_another_process_began_since_the_check_is_left_alone(tmp_path):
     assert rundir.read_config(tmp_path).seed == 0
 
 
+def test_the_name_of_a_new_folder_is_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync_one", synced.append)
+    for _ in range(2):
+        with rundir.held(tmp_path / "runs/one", config_lib.default()):
+            assert synced == [tmp_path / "runs", tmp_path]
+
+
 def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch):
     def refused(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -10,7 +10,7 @@ from jax import lax
 
 from mnist_flax import batches, datasets, layers, models, optim, state, steps, tiles
 from mnist_flax.errors import UserError
-from tests.helpers import integers, plain_convolution, quick_jit, random_state, uniform
+from tests.helpers import integers, plain_convolution, quick, quick_jit, random_state, uniform
 
 
 class Constant(nn.Module):
@@ -145,7 +145,8 @@ def parallel_step(train_step, how):
         def run(start, batch):
             split = jax.tree.map(lambda a: a.reshape(4, -1, *a.shape[1:]), batch)
             copies = jax.tree.map(lambda a: jnp.stack([a] * 4), start)
-            results = jax.pmap(train_step, axis_name="devices")(copies, split)
+            step = quick(jax.pmap(train_step, axis_name="devices"), copies, split)
+            results = step(copies, split)
             jax.tree.map(lambda a: np.testing.assert_array_equal(a[0], a[-1]), results)
             return jax.tree.map(lambda a: a[0], results)
 

@@ -244,6 +244,13 @@ def test_predict_takes_one_picture_alone(tmp_path):
             predict.read(tmp_path / name, (28, 28, 1), invert=False)
 
 
+def test_predict_takes_a_cameras_jpeg_with_a_small_copy(tmp_path):
+    picture, copy = Image.new("L", (280, 280), 200), Image.new("L", (28, 28))
+    picture.save(tmp_path / "image.jpg", "MPO", save_all=True, append_images=[copy])
+    assert Image.open(tmp_path / "image.jpg").n_frames == 2
+    assert (predict.read(tmp_path / "image.jpg", (28, 28, 1), invert=False) == 200).all()
+
+
 @pytest.mark.parametrize("invert", [False, True])
 def test_one_of_16_bits_may_stand_for_nothing(invert, tmp_path):
     wide = np.full((28, 28), 256 * 100, np.uint16)
