@@ -535,7 +535,7 @@ def test_a_damaged_cache_is_made_again(fresh, file, damage):
     elif damage == "header":
         # Of an array NumPy takes it for Python, which it parses.
         content = path.read_bytes()
-        path.write_bytes(content.replace(b"{", b"(", 1))
+        path.write_bytes(content.replace(b"}", b" ", 1))
     elif damage == "overwritten":
         content = path.read_bytes()
         path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
