@@ -1,4 +1,4 @@
-# `make train` and `make test` need Python 3.11 or newer and nothing else.
+# `make train` and `make test` need Python 3.11 to 3.14 and nothing else.
 PYTHON ?= python3
 CONFIG ?= configs/larger.py:digits
 VENV   ?= .venv
@@ -18,7 +18,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("mnist_flax needs Python 3.11 or newer, and $(PYTHON) is %d.%d: name another with PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 15) else "mnist_flax needs Python 3.11 to 3.14, and $(PYTHON) is %d.%d: name another with PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@

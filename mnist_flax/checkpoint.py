@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from mnist_flax import files
+from mnist_flax import files, parallel
 from mnist_flax.errors import UserError
 from mnist_flax.state import TrainState, num_bytes, num_updates
 
@@ -286,11 +287,19 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _one_copy(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """One device's copy of what all have: of the whole, Orbax has each device write a part, and
-    compiles a slice for each.
+    """One copy of what several devices have: of all, Orbax has each write a part, and compiles a
+    slice for each.
     """
-    replicated = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
-    return leaf.addressable_data(0) if replicated else leaf
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if leaf.is_fully_replicated:
+        return leaf.addressable_data(0)
+    # Seeds, dealt out to groups of devices.
+    owned = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+    mesh = Mesh([shard.device for shard in owned], (parallel.SEEDS,))
+    return jax.make_array_from_single_device_arrays(
+        leaf.shape, parallel.seeds_sharding(mesh), [shard.data for shard in owned]
+    )
 
 
 def _crc32(state: TrainState) -> int:

@@ -172,7 +172,8 @@ def piece_length(config: ConfigDict, num_examples: int, most: int, mesh: Mesh) -
 
     A short epoch is one program. Otherwise a program has about a twentieth of the epoch's steps, or
     more where the device would be idle between programs, or less on CPU, where the seeds of a
-    device take turns. It takes at most `most` examples, but always a step. It divides
+    device take turns. Of streamed data it is about a twentieth everywhere, as those of the next are
+    read meanwhile. It takes at most `most` examples, but always a step. It divides
     `checkpoint.every_steps` where that is shorter than the epoch; otherwise it divides the epoch if
     a length up to three times as long does, since the remainder would be a second program to
     compile.
@@ -180,7 +181,7 @@ def piece_length(config: ConfigDict, num_examples: int, most: int, mesh: Mesh) -
     per_epoch, every = steps_per_epoch(config, num_examples), config.checkpoint.every_steps
     turns = config.num_seeds // mesh.shape[parallel.SEEDS] if _on_cpu() else 1
     # On GPU and TPU a step is too short to come back to the host every few.
-    least = 10 if _on_cpu() else 1000
+    least = 10 if _on_cpu() or config.data.loader == "stream" else 1000
     # Not 1, of which XLA makes no loop.
     length = max(2, least // turns, per_epoch // (20 * turns))
     if per_epoch * turns <= 5 * least:

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mnist_flax import batches, epochs, parallel, steps
-from mnist_flax.loaders import Loader
+from mnist_flax import batches, epochs, steps
+from mnist_flax.loaders import Loader, Piece
 
 _PIECE = 10_000
 _PIXELS = 500 * 28 * 28
@@ -39,8 +39,12 @@ def compile_scorer(
     )
     rows = np.repeat(rows[:, None], seeds, axis=1)
 
+    def program(variables: Any, piece: Piece) -> tuple[Any, steps.Metrics]:
+        return variables, epoch(variables, piece)
+
     def score(variables: Any) -> dict[str, Any]:
-        parts = [parallel.fetch(epoch(variables, piece)) for piece in data.pieces(rows, length)]
+        pieces = epochs.run_pieces(program, variables, data.pieces(rows, length))
+        parts = [metrics for _, metrics in pieces]
         sums = jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=float), *parts)
         return steps.averages(sums.loss_sum, sums.correct, sums.count)
 

@@ -11,6 +11,7 @@ import pytest
 
 from mnist_flax import checkpoint, files, models, optim, parallel
 from mnist_flax.errors import UserError
+from mnist_flax.state import num_updates
 from tests.helpers import random_state
 
 
@@ -61,19 +62,25 @@ def test_state_and_record_come_back(tmp_path, start):
     assert_equal(state, at(start, 1))
 
 
-def test_what_all_devices_have_is_written_as_a_whole(tmp_path, start):
-    everywhere = parallel.replicated_sharding(jax.make_mesh((4,), (parallel.BATCH,)))
-    state = jax.device_put(start, everywhere)
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_what_devices_share_is_written_once(tmp_path, start, seeds):
+    mesh = jax.make_mesh((seeds, 4 // seeds), (parallel.SEEDS, parallel.BATCH))
+    shared_out = parallel.replicated_sharding(mesh)
+    if seeds > 1:
+        start = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1]), start)
+        shared_out = parallel.seeds_sharding(mesh)
+    state = jax.device_put(start, shared_out)
     with checkpoint.open_manager(tmp_path / "c") as manager:
         checkpoint.save(manager, state, {})
         manager.wait_until_finished()
-        written = manager.item_metadata(int(state.step))["state"]
+        written = manager.item_metadata(num_updates(state))["state"]
     leaves = jax.tree.leaves(written, is_leaf=lambda leaf: hasattr(leaf, "storage"))
     assert len(leaves) == len(jax.tree.leaves(state))
-    assert [leaf.storage.write_shape for leaf in leaves] == [leaf.shape for leaf in leaves]
+    for leaf in leaves:
+        assert leaf.storage.write_shape == (leaf.shape if seeds == 1 else (1, *leaf.shape[1:]))
     restored, _ = restore(tmp_path / "c", state)
     assert_equal(restored, state)
-    assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(restored))
+    assert all(leaf.sharding == shared_out for leaf in jax.tree.leaves(restored))
 
 
 def test_an_empty_folder_has_nothing_to_restore(tmp_path, start):

@@ -767,6 +767,12 @@ def test_a_gpu_gets_an_epoch_as_one_program_where_it_is_short(steps, length, mon
     assert piece_length(small_config(batch_size=10), 10 * steps, 10 * steps) == length
 
 
+def test_a_gpu_gets_an_epoch_of_streamed_data_in_pieces(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = small_config(batch_size=10, **{"data.loader": "stream"})
+    assert piece_length(config, 3000, 10**6) == 15
+
+
 @pytest.mark.parametrize(
     ("every", "most", "length"), [(0, 59, 5), (0, 110, 11), (0, 9, 1), (100, 79, 5), (7, 69, 1)]
 )
