@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -147,16 +148,20 @@ def write(before: Results, runs: Path, file: Path, busy: bool) -> None:
 
 
 def merged(before: Results, runs: Path, busy: bool) -> Results:
-    """The results of before, but where a finished run in the folder has the same seed."""
+    """The results of before, but where a finished run in the folder has the same seed.
+
+    Of Keras all runs count: a seed leaves the order of examples open, so that each is another one.
+    """
     found = {}
     for recipe in RECIPES:
         entries = [*before.get(recipe, []), *collect(runs, recipe, busy)]
         of_seed = {}
         for run in entries:
-            known = of_seed.setdefault((run["by"], run["seed"]), run)
+            key = run["by"], run["seed"], run["test_loss"] if run["by"] == "keras" else None
+            known = of_seed.setdefault(key, run)
             # Not where it is the same run, timed when nothing went on beside.
             if run != known | {"minutes": None}:
-                of_seed[run["by"], run["seed"]] = run
+                of_seed[key] = run
         found[recipe] = [of_seed[key] for key in sorted(of_seed)]
     return found
 
@@ -231,9 +236,16 @@ def _mean(runs: list[dict[str, Any]]) -> str:
 
 
 def _timed_on(runs: list[dict[str, Any]]) -> str | None:
-    """The device on which most of a recipe's runs were timed, as minutes of two do not compare."""
-    devices = [run["device"] for run in runs if run["minutes"]]
-    return statistics.mode(devices) if devices else None
+    """The device of which the minutes are, as those of two do not compare: where most runs of
+    whichever was timed less were timed.
+    """
+    timed = Counter((run["device"], run["by"]) for run in runs if run["minutes"])
+
+    def counts(device: str) -> tuple[int, int]:
+        both = timed[device, "mnist_flax"], timed[device, "keras"]
+        return min(both), max(both)
+
+    return max((device for device, _ in timed), key=counts, default=None)
 
 
 def _minutes(runs: list[dict[str, Any]], device: str | None) -> str:

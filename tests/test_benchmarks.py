@@ -342,7 +342,7 @@ def test_the_table_of_accuracies():
         {"larger": [old, run(0.99)]}
     )
     elsewhere = run(0.99) | {"device": "cpu (8 cores)", "minutes": 4.5}
-    text = reproduce.table({"larger": [elsewhere, run(0.99), run(0.99, "keras")]})
+    text = reproduce.table({"larger": [elsewhere] * 3 + [run(0.99), run(0.99, "keras")]})
     assert "| 1.5, 1.5 |\n" in text
     assert text.endswith("Minutes: `larger` on cpu (2 cores).\n")
     text = reproduce.table({"convnet": [run(0.98, "keras")]})
@@ -387,6 +387,16 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     assert reproduce_larger("--seeds=1", runs="newer") == [("larger", 0, 1)]
     assert [run["seed"] for run in results()] == list(range(8))
     assert [run["minutes"] for run in results()] == [2, 1, 2, 1, 1, 2, 1, 1]
+    # Of Keras, in which a seed does not say everything, every run is another one.
+    before = results()
+    again = {"by": "keras", "seed": 3, "minutes": 1.5}
+    twice = reproduce.merged(
+        {"larger": [*before, *({**before[0], **again, "test_loss": loss} for loss in (0.1, 0.2))]},
+        tmp_path / "nothing",
+        busy=False,
+    )
+    assert [run["test_loss"] for run in twice["larger"][:2]] == [0.1, 0.2]
+    assert len(twice["larger"]) == len(before) + 2
     # On a busy machine what was timed before keeps its minutes.
     assert reproduce_larger("--seeds=9", "--add", "--busy") == [("larger", 8, 1)]
     assert [run["minutes"] for run in results()] == [2, 1, 2, 1, 1, 2, 1, 1, None]
