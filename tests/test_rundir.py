@@ -217,6 +217,14 @@ def test_the_name_of_a_new_folder_is_on_the_disk(tmp_path, monkeypatch):
         with rundir.held(tmp_path / "runs/one", config_lib.default()):
             assert synced == [tmp_path / "runs", tmp_path]
 
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    # Beside others' folders, which may be written and not read.
+    monkeypatch.setattr(files, "sync_one", refuse)
+    with rundir.held(tmp_path / "runs/two", config_lib.default()):
+        pass
+
 
 def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch):
     def refused(*args):
