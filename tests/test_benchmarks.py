@@ -374,6 +374,7 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     def results(kind="cpu"):
         return json.loads((tmp_path / f"reproduce_{kind}.json").read_text())["larger"]
 
+    monkeypatch.setattr(environment, "version_of", lambda package: "3")
     monkeypatch.setattr(reproduce, "train", finish)
     monkeypatch.setattr(reproduce, "train_in_keras", lambda _, seeds, *rest: trained.append(seeds))
     assert reproduce_larger("--seeds=3") == [("larger", 0, 2), ("larger", 2, 1)]
