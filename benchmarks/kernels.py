@@ -14,10 +14,10 @@ from functools import partial
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from benchmarks import hardware, recipes, suite
-from mnist_flax import cli, models, parts, shardings, state, steps
+from mnist_flax import cli, epochs, models, parallel, parts, state, steps
 from mnist_flax.errors import UserError
 
 STEPS = 10
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # Where there is no GPU, JAX would look for one in vain, and then know of no CUDA.
     jax.config.update("jax_platforms", "cpu")
+    # What was compiled for a device that is not there cannot be loaded again.
+    jax.config.update("jax_enable_compilation_cache", False)
     device = h200()
     counts = {
         network: {name: count(compiled(network, *kind, device)) for name, kind in KINDS.items()}
@@ -96,26 +98,23 @@ def h200() -> jax.Device:
 
 
 def compiled(network: str, dtype: str, seeds: int, device: jax.Device) -> str:
-    """The text of a program of `STEPS` steps at the recipe's batch size."""
+    """The text of a run's training program, of `STEPS` steps at the recipe's batch size."""
     settings = recipes.config(network)
     settings.compute_dtype = dtype
     model = parts.create_model(settings, num_classes=10)
     tx = parts.create_optimizer(settings, 60_000)
     create = partial(state.create, model=model, tx=tx, image_shape=(28, 28, 1))
     epoch = partial(steps.train_epoch, model=model, tx=tx)
-    several = ()
-    if seeds > 1:
-        several = (seeds,)
+    several = (seeds,) if seeds > 1 else ()
+    if several:
         create = jax.vmap(create)
-        epoch = jax.vmap(epoch, (0, None, None, 0), axis_name=shardings.SEED_AXIS)
-    sharding = NamedSharding(Mesh(np.array([device]), ("devices",)), PartitionSpec())
-    program = jax.jit(epoch, donate_argnums=0, in_shardings=sharding, out_shardings=sharding)
+    mesh = Mesh(np.array([[device]]), (parallel.SEEDS, parallel.BATCH))
     shape = jax.ShapeDtypeStruct
-    traced = program.trace(
+    traced = epochs.jit_epoch(epoch, mesh, seeds=seeds, donate=True).trace(
         jax.eval_shape(create, shape(several, np.uint32)),
         shape((60_000, 28, 28, 1), np.uint8),
         shape((60_000,), np.int32),
-        shape((*several, STEPS, settings.batch_size), np.int32),
+        shape((STEPS, seeds, settings.batch_size), np.int32),
     )
     lowered = traced.lower(lowering_platforms=("cuda",))
     return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()

@@ -43,33 +43,7 @@ def compile_epoch(
     Returns:
         A function of `carried` and a piece.
     """
-    several = seeds > 1
-    by_seed = (SEEDS,) if several else ()
-    # Without an axis nothing is summed over devices. XLA would keep the sum over a single one, as a
-    # copy with which it fuses nothing; that costs time only where there is one seed.
-    axis = BATCH if several or mesh.shape[BATCH] > 1 else None
-    state = PartitionSpec(*by_seed)
-    examples = PartitionSpec()
-    if not loader.shared:
-        examples = PartitionSpec((*by_seed, BATCH) if axis else ())
-    specs = (state, examples, examples, PartitionSpec(None, by_seed, axis))
-    program = partial(_each_seed if several else _one_seed, partial(epoch, axis_name=axis))
-    # As it is named in profiles and logs.
-    program.__name__ = epoch.func.__name__
-    compiled = jax.jit(
-        jax.shard_map(
-            program,
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=state,
-            # `steps` says of its values that they vary over the axis of batches alone: with one of
-            # seeds the check would fail.
-            check_vma=not several,
-        ),
-        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
-        out_shardings=NamedSharding(mesh, state),
-        donate_argnums=0 if donate else (),
-    )
+    compiled = jit_epoch(epoch, mesh, shared=loader.shared, seeds=seeds, donate=donate)
     # Abstract, so that `run` does not keep what it was compiled for.
     carried = jax.eval_shape(lambda carried: carried, carried)
 
@@ -86,6 +60,42 @@ def compile_epoch(
         return of_length(len(piece.rows))(carried, *piece)
 
     return run
+
+
+def jit_epoch(
+    epoch: partial, mesh: Mesh, *, shared: bool = True, seeds: int = 1, donate: bool = False
+) -> Any:
+    """Jits what `compile_epoch` compiles: a function of `carried`, images, labels and rows.
+
+    Its arguments are those of `compile_epoch`, and `shared` is the loader's.
+    """
+    several = seeds > 1
+    by_seed = (SEEDS,) if several else ()
+    # Without an axis nothing is summed over devices. XLA would keep the sum over a single one, as a
+    # copy with which it fuses nothing; that costs time only where there is one seed.
+    axis = BATCH if several or mesh.shape[BATCH] > 1 else None
+    state = PartitionSpec(*by_seed)
+    examples = PartitionSpec()
+    if not shared:
+        examples = PartitionSpec((*by_seed, BATCH) if axis else ())
+    specs = (state, examples, examples, PartitionSpec(None, by_seed, axis))
+    program = partial(_each_seed if several else _one_seed, partial(epoch, axis_name=axis))
+    # As it is named in profiles and logs.
+    program.__name__ = epoch.func.__name__
+    return jax.jit(
+        jax.shard_map(
+            program,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=state,
+            # `steps` says of its values that they vary over the axis of batches alone: with one of
+            # seeds the check would fail.
+            check_vma=not several,
+        ),
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
+        out_shardings=NamedSharding(mesh, state),
+        donate_argnums=0 if donate else (),
+    )
 
 
 def _one_seed(epoch: Callable, carried: Any, images: Any, labels: Any, rows: jax.Array) -> Any:
