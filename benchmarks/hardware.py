@@ -11,7 +11,7 @@ from mnist_flax import environment
 from mnist_flax.errors import UserError
 
 # Of peers; those of this package's own results are environment.versions.
-PEERS = ("keras", "tensorflow", "torch")
+PEER_PACKAGES = ("keras", "tensorflow", "torch")
 
 
 def origin(device: str, packages: Iterable[str] = ()) -> dict[str, Any]:

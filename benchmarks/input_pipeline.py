@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         **hardware.origin(device),
         "images_per_second": speeds,
     }
-    file = args.results / f"input_pipeline_{suite.kind(device, dataset=args.dataset)}.json"
+    file = args.results / f"input_pipeline_{suite.suffix(device, dataset=args.dataset)}.json"
     suite.write(result, file, table(result))
     suite.bars({f"images/s, {args.network}": speeds}, file.with_suffix(".png"))
 

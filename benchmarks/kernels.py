@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from benchmarks import hardware, recipes, suite
-from mnist_flax import cli, epochs, models, parallel, parts, state, steps
+from mnist_flax import cli, epochs, parallel, parts, steps
 from mnist_flax.errors import UserError
 
 STEPS = 10
@@ -61,8 +61,7 @@ _NO_KERNEL = {"bitcast", "constant", "get-tuple-element", "iota", "parameter", "
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = suite.parser("kernels", __doc__, device=False, repetitions=None)
-    parser.add_argument("--networks", nargs="+", choices=models.names(), default=models.names())
+    parser = suite.parser("kernels", __doc__, repetitions=None, device=False, networks=True)
     args = parser.parse_args(argv)
     # Where there is no GPU, JAX would look for one in vain, and then know of no CUDA.
     jax.config.update("jax_platforms", "cpu")
@@ -100,18 +99,14 @@ def h200() -> jax.Device:
 def compiled(network: str, dtype: str, seeds: int, device: jax.Device) -> str:
     """The text of a run's training program, of `STEPS` steps at the recipe's batch size."""
     settings = recipes.config(network)
-    settings.compute_dtype = dtype
+    settings.compute_dtype, settings.num_seeds = dtype, seeds
     model = parts.create_model(settings, num_classes=10)
     tx = parts.create_optimizer(settings, 60_000)
-    create = partial(state.create, model=model, tx=tx, image_shape=(28, 28, 1))
     epoch = partial(steps.train_epoch, model=model, tx=tx)
-    several = (seeds,) if seeds > 1 else ()
-    if several:
-        create = jax.vmap(create)
     mesh = Mesh(np.array([[device]]), (parallel.SEEDS, parallel.BATCH))
     shape = jax.ShapeDtypeStruct
     traced = epochs.jit_epoch(epoch, mesh, seeds=seeds, donate=True).trace(
-        jax.eval_shape(create, shape(several, np.uint32)),
+        parts.abstract_state(settings, model, tx, (28, 28, 1), mesh),
         shape((60_000, 28, 28, 1), np.uint8),
         shape((60_000,), np.int32),
         shape((STEPS, seeds, settings.batch_size), np.int32),

@@ -77,13 +77,9 @@ def work(network: str, dtype: str = "float32") -> Work:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = suite.parser("limits", __doc__, dtype=True, repetitions=3)
-    parser.add_argument("--networks", nargs="+", choices=models.names(), default=models.names())
+    parser = suite.parser("limits", __doc__, repetitions=3, seconds=3, dtype=True, networks=True)
     parser.add_argument(
         "--batch-sizes", nargs="+", type=suite.positive(int), help="beside the recipe's own"
-    )
-    parser.add_argument(
-        "--seconds", type=suite.positive(float), default=3, help="training time of each point"
     )
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -93,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     origin = hardware.origin(args.device)
-    file = args.results / f"limits_{suite.kind(args.device, args.dtype)}.json"
+    file = args.results / f"limits_{suite.suffix(args.device, args.dtype)}.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     results = {}
     for network in args.networks:
@@ -222,10 +218,10 @@ def operations(data, program: str, on_gpu: bool) -> collections.Counter:
     Raises:
         UserError: the profiler saw nothing of the device.
     """
-    line = r'^ *(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\((?:.*?op_name="([^"]*)")?'
+    pattern = r'^ *(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\((?:.*?op_name="([^"]*)")?'
     named = {
         name: op_name
-        for name, opcode, op_name in re.findall(line, program, re.MULTILINE)
+        for name, opcode, op_name in re.findall(pattern, program, re.MULTILINE)
         if opcode not in ("while", "call", "conditional")
     }
     spent = collections.Counter()
@@ -292,7 +288,7 @@ def table(results: dict[str, dict]) -> str:
             f"Medians of {len(turns)} turns; {suite.conditions(result)}"
         )
     lines += shares
-    for line in suite.once(conditions):
+    for line in suite.grouped(conditions):
         lines += ["", line]
     return "\n".join(lines) + "\n"
 

@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--together",
         type=suite.positive(int),
-        help="seeds trained at once; default: as many as there are cores, on a GPU all, and in "
-        "Keras one",
+        help="seeds trained at once; default: as many as there are cores, on a GPU 10, and in "
+        "Keras there 1",
     )
     parser.add_argument("--add", action="store_true", help="do not repeat what the results have")
     parser.add_argument("--keras", action="store_true", help="train in Keras, as measured beside")
@@ -73,14 +73,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("in Keras the recipes are trained in float32 only: leave out --dtype")
     if args.keras:
         suite.check_installed(("--keras", "keras"), ("--keras", "tensorflow"))
-    kind = suite.kind(args.device, args.dtype)
+    kind = suite.suffix(args.device, args.dtype)
     file, runs = args.results / f"reproduce_{kind}.json", args.runs.absolute() / kind
     before = json.loads(file.read_text()) if file.exists() else {}
     env = os.environ | suite.on_device(args.device)
     by = "keras" if args.keras else "mnist_flax"
     usual = environment.cores()
     if args.device == "gpu":
-        usual = 1 if args.keras else sys.maxsize
+        usual = 1 if args.keras else 10
     together = args.together or usual
     for recipe in args.recipes:
         runs_done = merged(before if args.add else {}, runs, args.busy)[recipe]

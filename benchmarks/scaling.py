@@ -15,8 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from benchmarks import hardware, recipes, suite, worker
-from mnist_flax import cli, models
+from benchmarks.peers import jax_memory
+from mnist_flax import batches, cli, datasets, epochs, loaders, models, parallel, parts
+from mnist_flax import state as state_lib
 from mnist_flax.errors import UserError
 
 AXES = {
@@ -27,11 +32,8 @@ AXES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = suite.parser("scaling", __doc__, repetitions=3)
+    parser = suite.parser("scaling", __doc__, repetitions=3, seconds=3)
     parser.add_argument("--network", choices=models.names(), default="convnet")
-    parser.add_argument(
-        "--seconds", type=suite.positive(float), default=3, help="training time of each point"
-    )
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.point is not None:
@@ -83,13 +85,6 @@ def measure(
     compute_dtype: str = "float32",
 ) -> dict[str, float]:
     """Trains for at least `seconds` seconds in this process; images/s are those of all seeds."""
-    import jax
-    import numpy as np
-
-    from benchmarks.peers import jax_memory
-    from mnist_flax import batches, datasets, epochs, loaders, parallel, parts
-    from mnist_flax import state as state_lib
-
     rng = np.random.default_rng(0)
     config = recipes.config(network)
     config.batch_size, config.num_seeds = batch_size or config.batch_size, num_seeds
@@ -153,7 +148,8 @@ def table(result: dict) -> str:
     usual = ", ".join(f"{axis.replace('_', ' ')} {v:,}" for axis, v in result["usual"].items())
     lines += [
         "",
-        f"`{result['network']}`, where not varied {usual}; medians of {len(entry['runs'])} runs; "
+        f"`{result['network']}`, where not varied {usual}; "
+        f"medians of {len(result['points'][0]['runs'])} runs; "
         f"{suite.conditions(result)}",
     ]
     return "\n".join(lines) + "\n"

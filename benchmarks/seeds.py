@@ -11,20 +11,17 @@ import statistics
 from pathlib import Path
 
 from benchmarks import hardware, scaling, suite
-from mnist_flax import cli, models
+from mnist_flax import cli
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = suite.parser("seeds", __doc__, repetitions=3)
-    parser.add_argument("--networks", nargs="+", choices=models.names(), default=models.names())
+    parser = suite.parser("seeds", __doc__, repetitions=3, seconds=2, networks=True)
     parser.add_argument("--seeds", nargs="+", type=suite.positive(int), default=[1, 2, 4, 8])
-    parser.add_argument(
-        "--seconds", type=suite.positive(float), default=2, help="training time of each point"
-    )
     args = parser.parse_args(argv)
     suite.check_installed(("the plot", "matplotlib"))
     origin = hardware.origin(args.device)
 
+    file = args.results / f"seeds_{args.device}.json"
     speeds = {network: {count: [] for count in args.seeds} for network in args.networks}
     for repetition in range(args.repetitions):
         for network in args.networks:
@@ -33,10 +30,10 @@ def main(argv: list[str] | None = None) -> None:
                 found.append(run["images_per_second"])
                 done = f"{repetition + 1}/{args.repetitions}"
                 print(f"{done} {network}, {count} seeds: {found[-1]:,.0f} images/s", flush=True)
-        result = origin | {"images_per_second": speeds}
-        file = args.results / f"seeds_{args.device}.json"
-        suite.write(result, file, table(result))
-        plot(result, file.with_suffix(".png"))
+            measured = {name: found for name, found in speeds.items() if all(found.values())}
+            result = origin | {"images_per_second": measured}
+            suite.write(result, file, table(result))
+    plot(result, file.with_suffix(".png"))
 
 
 def table(result: dict) -> str:
@@ -51,10 +48,12 @@ def table(result: dict) -> str:
         cells = [suite.spread(values) for values in found.values()]
         ratio = statistics.median(found[counts[-1]]) / statistics.median(found[counts[0]])
         lines.append(f"| `{network}` | {' | '.join(cells)} | {ratio:.2f} |")
-    turns = len(found[counts[0]])
+    # They differ in a run that was stopped.
+    turns = sorted({len(values) for found in speeds.values() for values in found.values()})
     lines += [
         "",
-        f"Images/s of all seeds together; medians of {turns} turns (lowest to highest); the ratio "
+        f"Images/s of all seeds together; medians of {' to '.join(map(str, turns))} turns "
+        f"(lowest to highest); the ratio "
         f"is of the last column to the first; {suite.conditions(result)}",
     ]
     return "\n".join(lines) + "\n"

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import hardware, recipes, suite
 from benchmarks.throughput import OURS
 from benchmarks.worker import RSS_UNIT
-from mnist_flax import cli, models
+from mnist_flax import cli, datasets, models
 
 AGAIN = f"{OURS}, again"
 # The module in benchmarks/scripts/ and what it needs.
@@ -47,11 +47,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", default="mnist", help="any that mnist_flax knows, 28×28×1")
     args = parser.parse_args(argv)
     suite.check_installed(("the plot", "matplotlib"))
-    able = suite.able({name: packages for name, (_, packages) in SCRIPTS.items()}, args.scripts)
+    able = suite.installed(
+        {name: packages for name, (_, packages) in SCRIPTS.items()}, args.scripts
+    )
     # Ours is always measured: the ratios are to it.
     scripts = list({OURS: None} | dict.fromkeys(able))
-    origin = hardware.origin(args.device, hardware.PEERS)
+    origin = hardware.origin(args.device, hardware.PEER_PACKAGES)
 
+    file = args.results / f"startup_{suite.suffix(args.device, dataset=args.dataset)}.json"
     runs = {script: [] for script in scripts}
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), args)
@@ -63,9 +66,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(
                     f"{done} {script}: first step {first:.1f} s, process {whole:.1f} s", flush=True
                 )
-    result = {"network": args.network, "dataset": args.dataset, **origin, "runs": runs}
-    file = args.results / f"startup_{suite.kind(args.device, dataset=args.dataset)}.json"
-    suite.write(result, file, table(result))
+            result = {"network": args.network, "dataset": args.dataset, **origin, "runs": runs}
+            suite.write(result, file, table(result))
     titles = {
         "first_step": "seconds from the command to the first step",
         "whole_process": "seconds of the process, one epoch",
@@ -76,8 +78,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def write_data(folder: Path, args: argparse.Namespace) -> None:
     """Writes what the scripts read: MNIST as one compressed .npz, as Keras distributes it."""
-    from mnist_flax import datasets
-
     train, test = (datasets.load(args.dataset, split) for split in ("train", "test"))
     np.savez_compressed(
         folder / "data.npz",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recipes import ROOT
-from mnist_flax import cli, environment, files
+from mnist_flax import cli, environment, files, models
 from mnist_flax.config import COMPUTE_DTYPES
 from mnist_flax.errors import UserError
 
@@ -20,14 +20,20 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def parser(
-    name: str, doc: str, repetitions: int | None = 5, device: bool = True, dtype: bool = False
+    name: str,
+    doc: str,
+    repetitions: int | None = 5,
+    seconds: float | None = None,
+    device: bool = True,
+    dtype: bool = False,
+    networks: bool = False,
 ) -> argparse.ArgumentParser:
     """The command line of `benchmarks.<name>`.
 
     Args:
         name, doc: of the script.
-        repetitions: the default of that flag; None leaves it out.
-        device, dtype: whether it has these flags.
+        repetitions, seconds: the defaults of these flags; None leaves one out.
+        device, dtype, networks: whether it has these flags.
     """
     made = cli.parser(f"benchmarks.{name}", doc)
     if device:
@@ -42,11 +48,26 @@ def parser(
         made.add_argument(
             "--repetitions", type=positive(int), default=repetitions, help="default: %(default)s"
         )
+    if seconds:
+        made.add_argument(
+            "--seconds",
+            type=positive(float),
+            default=seconds,
+            help="training time of a turn; default: %(default)s",
+        )
+    if networks:
+        made.add_argument(
+            "--networks",
+            nargs="+",
+            choices=models.names(),
+            default=models.names(),
+            help="default: all",
+        )
     made.add_argument("--results", type=Path, default=FOLDER, help="folder to write to")
     return made
 
 
-def kind(device: str, dtype: str = "float32", dataset: str = "mnist") -> str:
+def suffix(device: str, dtype: str = "float32", dataset: str = "mnist") -> str:
     """What the file of a result is called after: the device, and what is not as usual."""
     unusual = [value for value in (dtype, dataset) if value not in ("float32", "mnist")]
     return "_".join([device, *unusual])
@@ -106,7 +127,7 @@ def check_installed(*needs: tuple[str, str]) -> None:
             )
 
 
-def able(packages: dict[str, Sequence[str]], asked: Sequence[str] | None) -> list[str]:
+def installed(packages: dict[str, Sequence[str]], asked: Sequence[str] | None) -> list[str]:
     """The names asked for; otherwise those whose packages are installed, and the others are said.
 
     Raises:
@@ -132,7 +153,7 @@ def write(result: dict[str, Any], file: Path, text: str) -> None:
     files.replace_text(file.with_suffix(".md"), text)
 
 
-def once(texts: dict[str, str]) -> list[str]:
+def grouped(texts: dict[str, str]) -> list[str]:
     """Lines that say each text once, and if they differ, of which networks."""
     networks = {}
     for network, text in texts.items():

@@ -37,7 +37,7 @@ OURS = "mnist_flax"
 
 
 @dataclass(frozen=True)
-class Kind:
+class PeerSpec:
     """Which of `benchmarks.peers` to run, how, and what it needs."""
 
     module: str
@@ -48,21 +48,23 @@ class Kind:
 
 
 PEERS = {
-    OURS: Kind("ours"),
-    "flax-loop": Kind("flax_loop"),
-    "keras-tf": Kind("keras_fit", "", ("keras", "tensorflow"), "tensorflow"),
-    "keras-tf-jit": Kind("keras_fit", "jit", ("keras", "tensorflow"), "tensorflow", device="cpu"),
-    "keras-tf-nojit": Kind(
+    OURS: PeerSpec("ours"),
+    "flax-loop": PeerSpec("flax_loop"),
+    "keras-tf": PeerSpec("keras_fit", "", ("keras", "tensorflow"), "tensorflow"),
+    "keras-tf-jit": PeerSpec(
+        "keras_fit", "jit", ("keras", "tensorflow"), "tensorflow", device="cpu"
+    ),
+    "keras-tf-nojit": PeerSpec(
         "keras_fit", "nojit", ("keras", "tensorflow"), "tensorflow", device="gpu"
     ),
-    "keras-tf-steps": Kind("keras_fit", "steps", ("keras", "tensorflow"), "tensorflow"),
-    "keras-jax": Kind("keras_fit", "", ("keras",), "jax"),
-    "torch": Kind("torch_loop", "eager", ("torch",)),
-    "torch-channels-last": Kind("torch_loop", "channels_last", ("torch",)),
-    "torch-compile": Kind("torch_loop", "compile", ("torch",)),
-    "torch-cudagraphs": Kind("torch_loop", "cudagraphs", ("torch",), device="gpu"),
-    "torch-graph": Kind("torch_loop", "graph", ("torch",), device="gpu"),
-    "torch-compile-graph": Kind("torch_loop", "compile_graph", ("torch",), device="gpu"),
+    "keras-tf-steps": PeerSpec("keras_fit", "steps", ("keras", "tensorflow"), "tensorflow"),
+    "keras-jax": PeerSpec("keras_fit", "", ("keras",), "jax"),
+    "torch": PeerSpec("torch_loop", "eager", ("torch",)),
+    "torch-channels-last": PeerSpec("torch_loop", "channels_last", ("torch",)),
+    "torch-compile": PeerSpec("torch_loop", "compile", ("torch",)),
+    "torch-cudagraphs": PeerSpec("torch_loop", "cudagraphs", ("torch",), device="gpu"),
+    "torch-graph": PeerSpec("torch_loop", "graph", ("torch",), device="gpu"),
+    "torch-compile-graph": PeerSpec("torch_loop", "compile_graph", ("torch",), device="gpu"),
 }
 # The frameworks ask the system for the memory of a step's arrays on the host anew in each step, and
 # have it cleared page by page, unless the C library keeps what is freed; ours does not ask.
@@ -76,17 +78,8 @@ COSTS = "command to first step | of which building and compiling | peak memory"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = suite.parser("throughput", __doc__, dtype=True)
-    parser.add_argument(
-        "--networks", nargs="+", choices=models.names(), default=models.names(), help="default: all"
-    )
+    parser = suite.parser("throughput", __doc__, seconds=3, dtype=True, networks=True)
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all for the device")
-    parser.add_argument(
-        "--seconds",
-        type=suite.positive(float),
-        default=3,
-        help="training time in a turn; default: %(default)s",
-    )
     parser.add_argument(
         "--dataset", default="mnist", help="one of 28×28×1 pixels; default: %(default)s"
     )
@@ -97,10 +90,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"on {args.device} the peers are {', '.join(possible)}")
     suite.check_installed(("the plot", "matplotlib"))
     # Ours is always measured: the ratios are to it.
-    able = suite.able({peer: PEERS[peer].packages for peer in possible}, args.peers)
+    able = suite.installed({peer: PEERS[peer].packages for peer in possible}, args.peers)
     peers = list({OURS: None} | dict.fromkeys(able))
-    origin = hardware.origin(args.device, hardware.PEERS)
-    kind = suite.kind(args.device, args.dtype, args.dataset)
+    origin = hardware.origin(args.device, hardware.PEER_PACKAGES)
+    kind = suite.suffix(args.device, args.dtype, args.dataset)
     file = args.results / f"throughput_{kind}.json"
     measured = json.loads(file.read_text()) if file.exists() else {}
     missing = []
@@ -276,7 +269,7 @@ def table(measured: dict[str, dict]) -> str:
             f"Speeds are medians of {turns} turns beside {beside}, seconds and memory those of one "
             f"start; {suite.conditions(result)}"
         )
-    for line in suite.once(conditions):
+    for line in suite.grouped(conditions):
         lines += ["", line]
 
     lines += [

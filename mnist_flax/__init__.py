@@ -5,19 +5,20 @@
     mnist_flax.train_and_evaluate(mnist_flax.config.default(), "runs/mine")
     mnist_flax.load("runs/mine").predict(images)
 
-`mnist_flax.models` and `mnist_flax.steps` are for a training loop of your own.
+`mnist_flax.models`, `optim`, `state` and `steps` are for a training loop of your own.
 """
 
 import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["config", "load", "models", "steps", "train_and_evaluate"]
+_MODULES = ("config", "models", "optim", "state", "steps")
+__all__ = [*_MODULES, "load", "train_and_evaluate"]
 
 
 def __getattr__(name: str) -> Any:
     # Training brings in Orbax and TFDS, which a user of the networks alone need not wait for.
-    if name in ("config", "models", "steps"):
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "load":
         from mnist_flax.trained import load

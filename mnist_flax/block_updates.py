@@ -18,16 +18,16 @@ from mnist_flax import optim
 Shape = tuple[int, ...]
 
 # Numbers of a block: 1 MiB, which with its moments stays in the caches of two cores.
-_BLOCK = 2**18
+_BLOCK_SIZE = 2**18
 # With fewer numbers an array gains nothing.
-_LEAST = 2**21
+_MIN_SIZE = 2**21
 
 
 def large_shapes(tx: optax.GradientTransformation, params: Any) -> set[Shape]:
     """The shapes of the parameters to update in blocks; none unless `tx` is elementwise."""
     if not isinstance(tx, optim.Elementwise):
         return set()
-    return {p.shape for p in jax.tree.leaves(params) if p.size >= _LEAST}
+    return {p.shape for p in jax.tree.leaves(params) if p.size >= _MIN_SIZE}
 
 
 def split(shapes: set[Shape], tree: Any) -> Any:
@@ -115,5 +115,5 @@ def _replaced(like, tree, new):
 
 def _blocks(shape):
     """The rows of each block."""
-    rows = max(1, _BLOCK // math.prod(shape[1:]))
+    rows = max(1, _BLOCK_SIZE // math.prod(shape[1:]))
     return [slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]

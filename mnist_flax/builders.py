@@ -131,6 +131,11 @@ with tfds.core.registered.skip_registration():
                 yield index, {"image": _like_mnist(image), "label": int(label)}
 
 
+def without_version(name: str) -> str:
+    """`mnist` of `mnist:3.0.1`."""
+    return name.partition(":")[0]
+
+
 def create(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """The builder of a data set, prepared or not; reads `data_dir`, never the network.
 
@@ -145,10 +150,11 @@ def create(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         # It would look into a bucket that TFDS has switched off, and leave a folder in /tmp.
         info, asks_bucket = tfds.core.DatasetInfo, "initialize_from_bucket"
         with quiet(), tfds.core.utils.temporary_assignment(info, asks_bucket, lambda self: None):
-            if name == "digits":
-                builder = Digits(data_dir=data_dir)
-            elif name in MNIST_FAMILY:
-                builder = _idx_builder_class(name)(data_dir=data_dir)
+            base, _, version = name.partition(":")
+            if base == "digits":
+                builder = Digits(data_dir=data_dir, version=version or None)
+            elif base in MNIST_FAMILY:
+                builder = _idx_builder_class(base)(data_dir=data_dir, version=version or None)
             else:
                 builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:

@@ -13,6 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[Manager]:
     policies = [
         preservation_policy.LatestN(2),
         preservation_policy.BestN(
-            get_metric_fn=lambda metrics: metrics[_METRIC],
+            get_metric_fn=itemgetter(_METRIC),
             n=1,
             keep_checkpoints_without_metrics=False,
         ),
@@ -61,7 +62,7 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[Manager]:
     )
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-        best_fn=lambda metrics: metrics[_METRIC],
+        best_fn=itemgetter(_METRIC),
         read_only=read_only,
         # Without the metrics, which are of no use then, and without other processes.
         lightweight_initialize=read_only,
@@ -105,7 +106,9 @@ def _leave_out_damaged_metrics(folder: Path) -> None:
         try:
             float(json.loads(path.read_bytes())[_METRIC])
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror})") from error
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}): see to that first"
+            ) from error
         except (ValueError, LookupError, TypeError):
             path.unlink()
             step = path.parents[1].name

@@ -89,7 +89,7 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def run_parser(module: str, description: str) -> argparse.ArgumentParser:
-    """The command line of a program on a run folder, of which one checkpoint and seed is meant."""
+    """The command line of a program that reads one checkpoint, and one seed, of a run folder."""
     made = parser(module, description)
     made.add_argument("run_dir", metavar="RUN_DIR", help="the folder that training left")
     made.add_argument("--step", type=int, help="a checkpoint's step; default: the newest")

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from mnist_flax import datasets, loaders, models, optim
-from mnist_flax.errors import UserError, nearest
+from mnist_flax.errors import UserError, nearest, unknown
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -48,9 +48,10 @@ def default() -> ConfigDict:
             # multiplies float32 in TF32 on newer GPUs, and in bfloat16 on TPU, unless
             # JAX_DEFAULT_MATMUL_PRECISION=highest is set.
             "compute_dtype": "float32",
-            # Number of devices. They share the seeds first, then each batch. 0 chooses: one GPU or
-            # TPU; on CPU the most cores among which seeds divide evenly, or batches of at least 16
-            # examples for each core; of equal numbers that with fewest cores to a batch.
+            # Number of devices: the seeds are dealt out to them first, then each batch is split.
+            # 0 chooses one GPU or TPU, and on CPU the most cores among which seeds divide evenly
+            # and of which each gets at least 16 examples of a batch; on a tie what splits batches
+            # least.
             "parallel": 0,
             "data": {
                 # "digits" (embedded), "mnist", "fashion_mnist", "kmnist" or another TFDS name.
@@ -86,7 +87,7 @@ def recipe(name: str, dataset: str, **overrides: Any) -> ConfigDict:
     for key in flat:
         check_key(key)
     config.update_from_flattened_dict(flat)
-    if dataset == "digits":
+    if dataset.partition(":")[0] == "digits":
         config.batch_size = min(config.batch_size, 32)
         config.epochs = max(config.epochs, 20)
     return config
@@ -95,12 +96,8 @@ def recipe(name: str, dataset: str, **overrides: Any) -> ConfigDict:
 def check_key(key: str) -> None:
     """Raises UserError unless `key`, dotted, is a key of the configuration."""
     known = flatten(default())
-    if key in known:
-        return
-    raise UserError(
-        f"there is no configuration key {key!r}; did you mean {nearest(key, known)!r}? "
-        f"(keys: {', '.join(known)})"
-    )
+    if key not in known:
+        raise unknown("configuration key", key, known)
 
 
 def validate(config: ConfigDict) -> None:

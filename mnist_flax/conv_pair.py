@@ -14,7 +14,7 @@ from jax import lax
 from mnist_flax import cpu_conv, tiles, winograd
 
 # Depth of the narrow one's product, up to which it is cheap enough to be made twice.
-_MOST_DEPTH = 64
+_MAX_DEPTH = 64
 
 
 def conv_relu_twice(
@@ -34,7 +34,7 @@ def conv_relu_twice(
 
 
 def _suits(x, kernel1, kernel2):
-    narrow = kernel1.size // kernel1.shape[3] <= _MOST_DEPTH and not winograd.suits(x, kernel1)
+    narrow = kernel1.size // kernel1.shape[3] <= _MAX_DEPTH and not winograd.suits(x, kernel1)
     return narrow and tiles.is_split(len(x)) and winograd.suits(x, kernel2)
 
 

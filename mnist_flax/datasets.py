@@ -68,8 +68,8 @@ def prepare(name: str, splits: Iterable[str], manual_dir: str = "") -> None:
     from mnist_flax import builders
 
     first, *others = splits
-    builder = _prepared(name, first, manual_dir)
-    for split in (first, *others):
+    builder, _ = _prepared(name, first, manual_dir)
+    for split in others:
         builders.resolve(builder, split)
 
 
@@ -120,10 +120,7 @@ def load(name: str, split: str, manual_dir: str = "") -> Arrays:
           missing file in `manual_dir`; images of several sizes, without a label or with one
           that is no class.
     """
-    from mnist_flax import builders
-
-    builder = _prepared(name, split, manual_dir)
-    selected = builders.resolve(builder, split)
+    builder, selected = _prepared(name, split, manual_dir)
     wholes = {part: _whole_split(builder, part) for part in {part for part, _, _ in selected}}
     parts = [
         Arrays(wholes[part].images[start:stop], wholes[part].labels[start:stop])
@@ -140,12 +137,11 @@ def open_slice(name: str, split: str, manual_dir: str = "") -> "decoding.Example
     """As `load`, but examples are read and decoded only when they are asked for.
 
     Raises:
-        UserError: as `load`, but of the images' sizes no more than the first is known yet.
+        UserError: as `load`, but of the sizes of images only the first's is known yet.
     """
-    from mnist_flax import builders, decoding
+    from mnist_flax import decoding
 
-    builder = _prepared(name, split, manual_dir)
-    return decoding.examples(builder, builders.resolve(builder, split))
+    return decoding.examples(*_prepared(name, split, manual_dir))
 
 
 def image_bytes(name: str, split: str, manual_dir: str = "") -> tuple[int, int]:
@@ -160,25 +156,26 @@ def image_bytes(name: str, split: str, manual_dir: str = "") -> tuple[int, int]:
     """
     from mnist_flax import builders
 
-    builder = _prepared(name, split, manual_dir)
+    builder, selected = _prepared(name, split, manual_dir)
     shape = builder.info.features[builders.feature_keys(builder)[0]].shape
     if None in shape:
         shape = open_slice(name, split, manual_dir).image_shape
     each = math.prod(shape)
-    parts = builders.resolve(builder, split)
-    given = sum(stop - start for _, start, stop in parts)
-    read = sum(builder.info.splits[part].num_examples for part in {part for part, *_ in parts})
+    given = sum(stop - start for _, start, stop in selected)
+    read = sum(builder.info.splits[part].num_examples for part in {part for part, *_ in selected})
     return given * each, read * each
 
 
-def _prepared(name: str, split: str, manual_dir: str) -> "tfds.core.DatasetBuilder":
-    """The builder of a data set that is prepared, now or before."""
+def _prepared(
+    name: str, split: str, manual_dir: str
+) -> tuple["tfds.core.DatasetBuilder", list[tuple[str, int, int]]]:
+    """The builder of a data set that is prepared, now or before, and what a slice selects of it."""
     from mnist_flax import builders
 
     builder = builders.create(name, _data_dir())
     # Refuses a wrong slice before anything is prepared.
     builders.resolve(builder, split)
-    in_family = name in builders.MNIST_FAMILY
+    in_family = builders.without_version(name) in builders.MNIST_FAMILY
     if manual_dir and not in_family:
         raise UserError(
             f"data.manual_dir is for {', '.join(builders.MNIST_FAMILY)}, not for {name}: "
@@ -190,7 +187,7 @@ def _prepared(name: str, split: str, manual_dir: str) -> "tfds.core.DatasetBuild
         folder = manual_dir or (in_family and os.environ.get("MNIST_FLAX_MANUAL_DIR"))
         folder = files.local(folder) if folder else None
         builder = preparation.prepare(name, builder, folder)
-    return builder
+    return builder, builders.resolve(builder, split)
 
 
 def _data_dir() -> Path:

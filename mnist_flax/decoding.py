@@ -38,13 +38,13 @@ class Examples:
         image, label = (builder.info.features[key] for key in self._keys)
         self._channels, self._num_classes = image.shape[-1], label.num_classes
         self._sources = [source for source, _, _ in parts]
-        self._firsts = [start for _, start, _ in parts]
-        self._starts = np.cumsum([0, *(stop - start for _, start, stop in parts)])
-        ((image, _),) = self._decoded(0, self._firsts[:1])
+        self._slice_starts = [start for _, start, _ in parts]
+        self._offsets = np.cumsum([0, *(stop - start for _, start, stop in parts)])
+        ((image, _),) = self._decoded(0, self._slice_starts[:1])
         self.image_shape = image.shape
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._offsets[-1])
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The examples at `indices`, int [N], in that order.
@@ -58,11 +58,11 @@ class Examples:
         """
         images = np.empty((len(indices), *self.image_shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
-        source_of = np.searchsorted(self._starts, indices, side="right") - 1
+        source_of = np.searchsorted(self._offsets, indices, side="right") - 1
         for source in np.unique(source_of):
             places = np.flatnonzero(source_of == source)
             for some in np.split(places, range(_AT_ONCE, len(places), _AT_ONCE)):
-                within = indices[some] - self._starts[source] + self._firsts[source]
+                within = indices[some] - self._offsets[source] + self._slice_starts[source]
                 decoded = self._decoded(source, within.tolist())
                 for place, (image, label) in zip(some, decoded, strict=True):
                     if image.shape != self.image_shape:
@@ -195,18 +195,18 @@ class _TFRecords:
             np.fromiter(chain.from_iterable(_records(Path(path))), np.int64).reshape(-1, 2)
             for path in self._paths
         ]
-        self._firsts = np.cumsum([0, *map(len, self._places)])
-        _check_count(builder, split, int(self._firsts[-1]))
+        self._offsets = np.cumsum([0, *map(len, self._places)])
+        _check_count(builder, split, int(self._offsets[-1]))
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        shards = (np.searchsorted(self._firsts, indices, side="right") - 1).tolist()
+        shards = (np.searchsorted(self._offsets, indices, side="right") - 1).tolist()
         found = []
         with contextlib.ExitStack() as opened:
             files = {
                 shard: opened.enter_context(open(self._paths[shard], "rb")) for shard in set(shards)
             }
             for index, shard in zip(indices, shards, strict=True):
-                begin, length = self._places[shard][index - self._firsts[shard]].tolist()
+                begin, length = self._places[shard][index - self._offsets[shard]].tolist()
                 files[shard].seek(begin)
                 found.append(self._parse(files[shard].read(length)))
         return found

@@ -3,9 +3,10 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from mnist_flax import shardings, tiles
+from mnist_flax import shardings
 
 # In batches of at most so many, a dense kernel's gradient is a sum of outer products, which XLA
 # fuses with the update.
@@ -58,7 +59,7 @@ def _after(product, x, g, dx):
 
 def _sum_of_outer_products(x, g):
     """x.T @ g, which XLA fuses with the optimiser's update of a large kernel."""
-    wide = tiles.sum_dtype(x)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
     rows = zip(x.astype(wide), g.astype(wide), strict=True)
     return sum(a[:, None] * b for a, b in rows).astype(x.dtype)
 

@@ -141,7 +141,7 @@ def free_memory() -> tuple[int, int | None]:
 def versions() -> dict[str, str | None]:
     """Versions of Python, of this package and of those that determine a result.
 
-    None of one that is imported but not installed; of JAX's plugins for devices those installed.
+    None for one without a package's metadata. JAX's plugins for devices only where installed.
     """
     # Of this package without its metadata, which a checkout that is not installed lacks.
     ours = {"python": platform.python_version(), "mnist-flax": mnist_flax.__version__}

@@ -43,13 +43,13 @@ def compile_epoch(
     Returns:
         A function of `carried` and a piece.
     """
-    compiled = jit_epoch(epoch, mesh, shared=loader.shared, seeds=seeds, donate=donate)
+    jitted = jit_epoch(epoch, mesh, shared=loader.shared, seeds=seeds, donate=donate)
     # Abstract, so that `run` does not keep what it was compiled for.
     carried = jax.eval_shape(lambda carried: carried, carried)
 
     @cache
     def of_length(n: int) -> Callable[..., Any]:
-        return compiled.lower(carried, *loader.abstract(n, seeds, batch_size)).compile()
+        return jitted.lower(carried, *loader.abstract(n, seeds, batch_size)).compile()
 
     for n in {length, steps % length} - {0}:
         of_length(n)
@@ -65,9 +65,11 @@ def compile_epoch(
 def jit_epoch(
     epoch: partial, mesh: Mesh, *, shared: bool = True, seeds: int = 1, donate: bool = False
 ) -> Any:
-    """Jits what `compile_epoch` compiles: a function of `carried`, images, labels and rows.
+    """The jitted function that `compile_epoch` compiles, of `carried`, images, labels and rows.
 
-    Its arguments are those of `compile_epoch`, and `shared` is the loader's.
+    Args:
+        epoch, mesh, seeds, donate: as `compile_epoch` takes them.
+        shared: the loader's attribute.
     """
     several = seeds > 1
     by_seed = (SEEDS,) if several else ()
@@ -88,8 +90,8 @@ def jit_epoch(
             mesh=mesh,
             in_specs=specs,
             out_specs=state,
-            # `steps` says of its values that they vary over the axis of batches alone: with one of
-            # seeds the check would fail.
+            # `steps` marks its values as varying over the axis of batches only, so that the check
+            # would fail with one of seeds.
             check_vma=not several,
         ),
         in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import resource
 import sys
 import zipfile
 from collections.abc import Iterable
@@ -22,13 +23,13 @@ import h5py
 import numpy as np
 
 # More than any of the seven networks takes with its optimiser on images of up to 100×100.
-_MOST_BYTES = 2**30
+_MAX_BYTES = 2**30
 # Keras does not compress, and trained weights cannot be compressed far.
-_MOST_EXPANSION = 10
-_MOST_CONFIG_BYTES = 2**20
-_MOST_ARRAYS = 1000
-_MOST_CONTENT_BYTES = 2**22
-_MOST_MEMORY = 2**32
+_MAX_EXPANSION = 10
+_MAX_CONFIG_BYTES = 2**20
+_MAX_ARRAYS = 1000
+_MAX_CONTENT_BYTES = 2**22
+_MAX_MEMORY = 2**32
 
 # Exit codes.
 TOO_LARGE, NO_MEMORY = 3, 4
@@ -39,14 +40,12 @@ class TooLarge(ValueError):
 
 
 def main() -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        # Not on every system.
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+    # Not on every system.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, _MAX_MEMORY))
     try:
         content, arrays = read(sys.argv[1])
-        if len(text := json.dumps(content)) > _MOST_CONTENT_BYTES:
+        if len(text := json.dumps(content)) > _MAX_CONTENT_BYTES:
             raise ValueError(f"its names take {len(text):,} bytes")
     except MemoryError:
         sys.exit(NO_MEMORY)
@@ -72,8 +71,8 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         zipped = file.read(4) == b"PK\x03\x04"
     if zipped:
         with zipfile.ZipFile(path) as archive:
-            config = _member(archive, "config.json", _MOST_CONFIG_BYTES).decode()
-            weights = io.BytesIO(_member(archive, "model.weights.h5", _MOST_BYTES))
+            config = _member(archive, "config.json", _MAX_CONFIG_BYTES).decode()
+            weights = io.BytesIO(_member(archive, "model.weights.h5", _MAX_BYTES))
         size = weights.getbuffer().nbytes
         with h5py.File(weights, "r") as file:
             return _content(config, "numbered", _numbered(file), size)
@@ -93,19 +92,19 @@ Layers = Iterable[tuple[str, list[h5py.Dataset]]]
 
 def _content(config: str | None, named: str, layers: Layers, size: int):
     # Arrays that are stored as a whole cannot take more than their file, unless several are one.
-    most = min(size, _MOST_BYTES)
+    most = min(size, _MAX_BYTES)
     arrays, described, opened, total = {}, [], 0, 0
     for name, datasets in layers:
         opened += len(datasets)
-        if opened > _MOST_ARRAYS:
-            raise ValueError(f"its layers name more than {_MOST_ARRAYS:,} arrays")
+        if opened > _MAX_ARRAYS:
+            raise ValueError(f"its layers name more than {_MAX_ARRAYS:,} arrays")
         entries = []
         for dataset in datasets:
             key = f"array{len(arrays)}"
             problem = _problem(dataset)
             total += 0 if problem else dataset.nbytes
             if total > most:
-                error = TooLarge if most == _MOST_BYTES else ValueError
+                error = TooLarge if most == _MAX_BYTES else ValueError
                 raise error(f"its arrays take more than {most:,} bytes")
             if problem is None:
                 arrays[key] = dataset[()]
@@ -166,7 +165,7 @@ def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
     info = archive.getinfo(name)
     if info.file_size > most:
         raise TooLarge(f"{name} in it unpacks to {info.file_size:,} bytes, and {most:,} are read")
-    if info.file_size > _MOST_EXPANSION * info.compress_size + _MOST_CONFIG_BYTES:
+    if info.file_size > _MAX_EXPANSION * info.compress_size + _MAX_CONFIG_BYTES:
         raise ValueError(f"{name} in it unpacks to {info.file_size:,} bytes")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         # The decoders of the others unpack without a limit.
@@ -193,7 +192,7 @@ def _texts(parent: h5py.Group, name: str) -> list[str]:
     if (entries := parent.attrs.get_id(name).get_space().get_simple_extent_npoints()) > 1000:
         raise ValueError(f"the attribute {name} has {entries:,} entries")
     texts = np.ravel(parent.attrs[name])
-    if (length := sum(map(len, texts))) > _MOST_CONFIG_BYTES:
+    if (length := sum(map(len, texts))) > _MAX_CONFIG_BYTES:
         raise ValueError(f"the attribute {name} takes {length:,} bytes")
     return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
 

@@ -23,7 +23,7 @@ from mnist_flax.errors import UserError
 SUFFIXES = (".keras", ".weights.h5", ".h5")
 
 _SIGNATURES = (b"\x89HDF\r\n\x1a\n", b"PK\x03\x04")
-_MOST_SECONDS, _MOST_CHARACTERS = 60, 800
+_MAX_SECONDS, _MAX_CHARACTERS = 60, 800
 # Of the files that are written; Keras reads its own of any version.
 _KERAS_VERSION = "3.0.0"
 
@@ -103,7 +103,7 @@ def as_user_error(path: Path) -> Iterator[None]:
         end = "): save the model again"
     # The file may have written it.
     reason = "".join(c if c.isprintable() else "?" for c in reason)
-    raise UserError(f"{path} {start}{reason[:_MOST_CHARACTERS]}{end}")
+    raise UserError(f"{path} {start}{reason[:_MAX_CHARACTERS]}{end}")
 
 
 def write(path: Path, config: keras_layers.Config, layers: Layers) -> None:
@@ -145,9 +145,9 @@ def _read_apart(path: Path) -> dict[str, np.ndarray]:
     # OpenBLAS takes memory for every thread.
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     try:
-        reader = subprocess.run(command, capture_output=True, timeout=_MOST_SECONDS, env=env)
+        reader = subprocess.run(command, capture_output=True, timeout=_MAX_SECONDS, env=env)
     except subprocess.TimeoutExpired:
-        raise UserError(f"reading it did not end in {_MOST_SECONDS} s") from None
+        raise UserError(f"reading it did not end in {_MAX_SECONDS} s") from None
     lines = reader.stderr.decode(errors="replace").splitlines() if reader.returncode > 0 else []
     reason = lines[-1] if lines else "the HDF5 library crashed on it"
     # Without memory the system kills it.

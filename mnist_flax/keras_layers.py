@@ -18,7 +18,7 @@ from mnist_flax.errors import UserError
 
 Config = dict[str, Any]
 
-_MOST_LAYERS = 100
+_MAX_LAYERS = 100
 # What Keras calls the layers of the seven networks, however they are written.
 _NUMBERED = re.compile(
     r"(input_layer|reshape|conv2d|max_pooling2d|concatenate|flatten|dense|dropout"
@@ -52,7 +52,7 @@ _ACTIVATIONS = {
     "Relu": "relu",
     "Softmax": "softmax",
 }
-_MOST_PIXELS, _MOST_CHANNELS = 1024, 1024
+_MAX_PIXELS, _MAX_CHANNELS = 1024, 1024
 
 
 class Node(NamedTuple):
@@ -177,7 +177,7 @@ def describe(config: Config) -> Described:
     # The first Keras 2 wrote the layers of a Sequential model as a bare list.
     inner = {"layers": inner} if isinstance(inner, list) else inner
     layers = {layer["config"]["name"]: layer for layer in inner["layers"]}
-    if not 0 < len(layers) == len(inner["layers"]) <= _MOST_LAYERS:
+    if not 0 < len(layers) == len(inner["layers"]) <= _MAX_LAYERS:
         raise UserError(f"it holds a network of {len(inner['layers'])} layers, none of the seven")
     names = list(layers)
     if kind == "Sequential":
@@ -249,11 +249,11 @@ def _image_shape(batch_shape: Any) -> tuple[int, ...] | None:
     """(H, W, C) of a batch of images; None where it says something else."""
     if batch_shape is None or len(batch_shape) != 4:
         return None
-    shape, most = batch_shape[1:], (_MOST_PIXELS, _MOST_PIXELS, _MOST_CHANNELS)
+    shape, most = batch_shape[1:], (_MAX_PIXELS, _MAX_PIXELS, _MAX_CHANNELS)
     if not all(type(n) is int and 0 < n <= limit for n, limit in zip(shape, most, strict=True)):
         raise UserError(
             f"its images are of the shape {shape}, not height, width and channels in numbers up "
-            f"to {_MOST_PIXELS}, {_MOST_PIXELS} and {_MOST_CHANNELS}"
+            f"to {_MAX_PIXELS}, {_MAX_PIXELS} and {_MAX_CHANNELS}"
         )
     return tuple(shape)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from mnist_flax import conv_pair, cpu_conv, pooling, random_bits, shardings, tiles, xla_conv
+from mnist_flax import conv_pair, cpu_conv, pooling, random_bits, shardings, xla_conv
 from mnist_flax.errors import UserError
 
 
@@ -92,7 +92,7 @@ class Dropout(nn.Module):
             return jnp.zeros_like(x)
         kept = random_bits.at_least(self.make_rng("dropout"), dropped, x.shape)
         # In float32 at least, as 4/3 in bfloat16 is 0.2 % too large.
-        scaled = x.astype(tiles.sum_dtype(x)) * (2**16 / (2**16 - dropped))
+        scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * (2**16 / (2**16 - dropped))
         return jnp.where(kept, scaled.astype(x.dtype), 0)
 
 
@@ -145,8 +145,8 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
         padding: "VALID" or "SAME".
 
     Returns:
-        [B, OH, OW, F] of the operands' dtype; sums are kept in float32 at least, of which on GPU
-        and TPU the bias is added to what they round to.
+        [B, OH, OW, F] of the operands' dtype. Sums are kept in float32 or wider; on GPU and TPU
+        they are rounded to the operands' dtype before the bias is added.
 
     Raises:
         UserError: the kernel does not fit into the image.
@@ -160,10 +160,9 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) ->
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
     """`pooling.max_pool(conv_relu(x, kernel, bias, padding))`.
 
-    On CPU mostly without the larger array, as bias and ReLU come after the pool: both keep the
-    order of the numbers, so that the values are the same, for a quarter of the work. So are the
-    gradients, but where adding the bias rounds unequal numbers to equal ones: the largest of them
-    still gets it.
+    On CPU the pool mostly comes first, then bias and ReLU on a quarter of the numbers. Both keep
+    the order of numbers, so that the values are equal. So are the gradients, except where adding
+    the bias makes unequal numbers equal: then the largest of them gets it, not the first.
 
     Returns:
         [B, OH // 2, OW // 2, F] of the operands' dtype.

@@ -1,14 +1,14 @@
 """How examples reach the device: all of them at once, or streamed a piece at a time.
 
 The same rows give the same batches from either kind of loader, so that training is bit for bit the
-same.
+same (but that XLA may round a piece of a single step otherwise).
 """
 
 import math
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mnist_flax import datasets, environment, parallel
 from mnist_flax.datasets import Arrays
-from mnist_flax.errors import UserError
+from mnist_flax.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from mnist_flax.decoding import Examples
@@ -42,32 +42,16 @@ class Piece(NamedTuple):
     rows: jax.Array
 
 
-class Loader(Protocol):
-    """What brings examples to the devices of a mesh.
+class Resident:
+    """A whole data set on each device, once, as uint8; a piece is nothing but indices.
+
+    All devices of a CPU share one copy.
 
     Attributes:
         size: the number of examples.
         image_shape: (H, W, C).
         max_examples: how many a piece may bring.
         shared: whether every device has the same examples.
-    """
-
-    size: int
-    image_shape: tuple[int, int, int]
-    max_examples: int
-    shared: bool
-
-    def pieces(self, rows: np.ndarray, length: int) -> Iterator[Piece]:
-        """The steps of `rows`, int32 [steps, seeds, B], in pieces of at most `length`."""
-
-    def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
-        """The shapes and dtypes of a piece of `steps` steps, to compile for."""
-
-
-class Resident:
-    """A whole data set on each device, once, as uint8; a piece is nothing but indices.
-
-    All devices of a CPU share one copy.
     """
 
     shared = True
@@ -86,7 +70,7 @@ class Resident:
             yield Piece(*self._arrays, _on_devices(part, self._mesh))
 
     def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
-        """The shapes and dtypes of a piece of `steps` steps."""
+        """The shapes and dtypes of a piece of `steps` steps, to compile for."""
         return Piece(*self._arrays, _abstract_rows(steps, seeds, batch_size, self._mesh))
 
 
@@ -95,7 +79,7 @@ class Streamed:
 
     A process reads what its own devices need, and a device gets nothing but its share of each
     batch. A few pieces of at most 64 MiB, or of one step, are held at a time, whatever the size of
-    the data set.
+    the data set. Attributes and methods are those of `Resident`.
     """
 
     shared = False
@@ -152,6 +136,9 @@ class Streamed:
         )
 
 
+Loader = Resident | Streamed
+
+
 def create(loader: str, name: str, split: str, manual_dir: str, mesh: Mesh) -> Loader:
     """The loader, one of `NAMES`, of a slice of a data set.
 
@@ -161,13 +148,12 @@ def create(loader: str, name: str, split: str, manual_dir: str, mesh: Mesh) -> L
         mesh: the devices that get the examples.
 
     Raises:
-        UserError: the data cannot be had, or does not fit into memory.
-        ValueError: there is no such loader.
+        UserError: there is no such loader, or the data cannot be had or does not fit into memory.
     """
     if loader == "stream":
         return Streamed(datasets.open_slice(name, split, manual_dir), mesh)
     if loader != "resident":
-        raise ValueError(f"loader is {loader!r}: give one of {', '.join(NAMES)}")
+        raise unknown("loader", loader, NAMES)
     _check_memory(name, split, manual_dir)
     return Resident(datasets.load(name, split, manual_dir), mesh)
 
@@ -195,7 +181,7 @@ def _check_memory(name: str, split: str, manual_dir: str) -> None:
 
 
 def _parts(rows: np.ndarray, length: int, mesh: Mesh) -> list[np.ndarray]:
-    """Rows of at most `length` steps, filled up so that devices get as many examples of a batch."""
+    """Rows of at most `length` steps, padded so that all devices get equal shares of a batch."""
     filling = [(0, 0), (0, 0), (0, -rows.shape[-1] % mesh.shape[parallel.BATCH])]
     rows = np.pad(rows, filling, constant_values=-1)
     return [rows[start : start + length] for start in range(0, len(rows), length)]
@@ -215,7 +201,7 @@ def _shares(
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
-    """A copy at a multiple of 64 bytes, of which JAX makes no further one for a CPU device."""
+    """A copy aligned to 64 bytes, which a CPU device uses without copying it again."""
     memory = np.empty(array.nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mnist_flax.dense import dot_general
-from mnist_flax.errors import UserError, nearest
+from mnist_flax.errors import UserError, unknown
 from mnist_flax.layers import (
     Concatenate,
     Conv,
@@ -157,8 +157,5 @@ def create(name: str, **overrides) -> nn.Module:
         UserError: there is no such network.
     """
     if name not in _NETWORKS:
-        raise UserError(
-            f"there is no network {name!r}; did you mean {nearest(name, names())!r}? "
-            f"(networks: {', '.join(names())})"
-        )
+        raise unknown("network", name, _NETWORKS)
     return _NETWORKS[name](**overrides)

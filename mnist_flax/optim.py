@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mnist_flax.errors import unknown
+
 OPTIMIZERS = ("adam", "rmsprop")
 SCHEDULES = ("constant", "cosine", "one_cycle", "exponential")
 
@@ -26,7 +28,7 @@ def create_schedule(name: str, learning_rate: float, total_steps: int) -> optax.
         total_steps: steps of the whole run.
 
     Raises:
-        ValueError: there is no such schedule.
+        UserError: there is no such schedule.
     """
     match name:
         case "constant":
@@ -37,7 +39,7 @@ def create_schedule(name: str, learning_rate: float, total_steps: int) -> optax.
             return optax.cosine_onecycle_schedule(total_steps, learning_rate)
         case "exponential":
             return optax.exponential_decay(learning_rate, total_steps, 0.01)
-    raise ValueError(f"unknown schedule {name!r}; choose one of {SCHEDULES}")
+    raise unknown("schedule", name, SCHEDULES)
 
 
 def create(name: str, schedule: optax.Schedule) -> Elementwise:
@@ -49,7 +51,7 @@ def create(name: str, schedule: optax.Schedule) -> Elementwise:
     inside the square root, as `optax.scale_by_rms` does.
 
     Raises:
-        ValueError: there is no such optimiser.
+        UserError: there is no such optimiser.
     """
     match name:
         case "adam":
@@ -57,7 +59,7 @@ def create(name: str, schedule: optax.Schedule) -> Elementwise:
         case "rmsprop":
             scale = optax.scale_by_rms(decay=0.9, eps=1e-7, eps_in_sqrt=True)
         case _:
-            raise ValueError(f"unknown optimiser {name!r}; choose one of {OPTIMIZERS}")
+            raise unknown("optimizer", name, OPTIMIZERS)
     return Elementwise(*optax.chain(scale, optax.scale_by_learning_rate(schedule)))
 
 

@@ -21,8 +21,9 @@ from mnist_flax.errors import UserError
 
 SEEDS, BATCH = "seeds", "batch"
 
-# Fewer examples than this leave a core more work with the gradients' sum than with the examples.
-_LEAST_EXAMPLES = 16
+# Fewer examples than this leave a core more work with the gradients' sum than with the examples,
+# and such a share is not split into blocks either (`tiles.is_split`).
+_MIN_EXAMPLES = 16
 
 
 def create_mesh(config: ConfigDict) -> Mesh:
@@ -139,11 +140,11 @@ def _shape(config: ConfigDict, devices: int) -> tuple[int, int]:
         rows = math.gcd(config.num_seeds, config.parallel)
         return rows, config.parallel // rows
     shapes = [
-        (rows, max(1, min(devices // rows, config.batch_size // _LEAST_EXAMPLES)))
+        (rows, max(1, min(devices // rows, config.batch_size // _MIN_EXAMPLES)))
         for rows in range(1, devices + 1)
         if config.num_seeds % rows == 0
     ]
-    # Of those with most devices that whose devices wait for each other least.
+    # Most devices; on a tie the fewest to a batch, as those wait for each other.
     return max(shapes, key=lambda shape: (math.prod(shape), shape[0]))
 
 

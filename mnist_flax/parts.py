@@ -51,7 +51,7 @@ class Programs(NamedTuple):
 
 
 def load_data(config: ConfigDict, mesh: Mesh) -> Data:
-    """The splits of a run, on every device of the mesh; equal splits share one.
+    """The splits of a run as loaders for the mesh; equal splits share one.
 
     Raises:
         UserError: the data cannot be had, or does not fit into memory, or the splits' images
@@ -170,10 +170,10 @@ def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
 def piece_length(config: ConfigDict, num_examples: int, most: int, mesh: Mesh) -> int:
     """The number of steps in one program; between programs the host may report, save or stop.
 
-    A short epoch is one program. Otherwise a program has about a twentieth of the epoch's steps, or
-    more where the device would be idle between programs, or less on CPU, where the seeds of a
-    device take turns. Of streamed data it is about a twentieth everywhere, as those of the next are
-    read meanwhile. It takes at most `most` examples, but always a step. It divides
+    A short epoch is one program. Otherwise a program has about a twentieth of the epoch's steps:
+    more where the device would be idle between programs, fewer on CPU where the seeds of a device
+    take turns. With streamed data it is a twentieth everywhere, as the next piece is read
+    meanwhile. It takes at most `most` examples, but always a step. It divides
     `checkpoint.every_steps` where that is shorter than the epoch; otherwise it divides the epoch if
     a length up to three times as long does, since the remainder would be a second program to
     compile.
@@ -208,8 +208,8 @@ def compile_programs(
 ) -> Programs:
     """Compiles everything that a run executes on the devices.
 
-    The training program is ready when this returns; on CPU those that score are compiled meanwhile
-    and waited for when they are first called.
+    The training program is ready when this returns. Those that score are waited for when they are
+    first called; on CPU they are compiled meanwhile, elsewhere then.
     """
     size = data.train.size
     length = piece_length(config, size, data.train.max_examples, mesh)
@@ -236,13 +236,17 @@ def compile_programs(
             return scoring.compile_scorer(model, variables, loader, mesh, config.num_seeds)
 
     def scorer(loader: Loader) -> Callable[[Any], dict[str, Any]]:
-        compiled = pool.submit(compile_scorer, loader)
-        return lambda variables: compiled.result()(variables)
+        # Elsewhere when it is first called, as on GPU XLA chooses kernels by timing them.
+        compiled = (
+            pool.submit(compile_scorer, loader).result
+            if _on_cpu()
+            else cache(partial(compile_scorer, loader))
+        )
+        return lambda variables: compiled()(variables)
 
     score_test = scorer(data.test)
     score_watch = None
     if data.watch is not None:
         score_watch = score_test if data.watch is data.test else scorer(data.watch)
-    # On GPU XLA chooses kernels by timing them, for which training would have to wait.
-    pool.shutdown(wait=not _on_cpu())
+    pool.shutdown(wait=False)
     return Programs(length, train, score_watch, score_test)

@@ -15,7 +15,7 @@ from jax import lax
 from mnist_flax import share_keys
 
 # Words of a block, which stay in a core's cache.
-_BLOCK = 2**14
+_BLOCK_WORDS = 2**14
 
 
 # Jitted, as outside of any `jit` it would be compiled anew in every call; inside of one,
@@ -61,7 +61,7 @@ def at_least(key: jax.Array, threshold: int, shape: tuple[int, ...]) -> jax.Arra
 
 def _in_blocks(key, start, threshold, words):
     """`_made`, but in a loop of blocks, from which XLA cannot take it."""
-    blocks = max(1, -(-words // _BLOCK))
+    blocks = max(1, -(-words // _BLOCK_WORDS))
     size = -(-words // blocks)
     starts = start + size * jnp.arange(blocks, dtype=jnp.uint32)
     made = partial(_made, key, threshold=threshold, words=size)

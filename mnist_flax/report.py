@@ -1,4 +1,4 @@
-"""What the user sees of a run; receives host numbers only."""
+"""What the user sees of a run."""
 
 import shlex
 import sys
@@ -63,7 +63,7 @@ def progress(position: "Position", epochs: int, examples: int) -> tqdm:
 
 def advance(bar: tqdm, position: "Position") -> None:
     """Moves the bar to the examples trained on and shows their loss and accuracy."""
-    means = steps.averages(position.loss_sum, position.correct, position.count)
+    means = steps.averages(position)
     loss, accuracy = np.mean(means["loss"]), np.mean(means["accuracy"])
     bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
     bar.update(np.sum(position.count) - bar.n)

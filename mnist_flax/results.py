@@ -22,7 +22,7 @@ def epoch_row(
         step: the number of updates made.
         watch: the score of the watched split, as `scoring` gives it; empty where there is none.
     """
-    train = steps.averages(position.loss_sum, position.correct, position.count)
+    train = steps.averages(position)
     scores = {
         "train_loss": train["loss"],
         "train_accuracy": train["accuracy"],

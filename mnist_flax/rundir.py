@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mnist_flax import config as config_lib
@@ -114,13 +115,17 @@ def _names(folder: Path) -> list[str]:
     return os.listdir(folder) if files.exists(folder) else []
 
 
-def check_trained(run_dir: Path, stored: dict[str, Any], config: ConfigDict) -> None:
-    """Refuses to train on by another configuration than that of a checkpoint, `stored`.
+def check_trained(run_dir: Path, record: dict[str, Any], config: ConfigDict) -> None:
+    """Refuses another configuration than that of a checkpoint, by its record, if it has trained.
 
     Raises:
         UserError: config.json is not that of the checkpoints.
     """
-    stored, given = config_lib.flatten(ConfigDict(stored)), config_lib.flatten(config)
+    at = record["position"]
+    if not (at["epoch"] or np.any(at["count"])):
+        return
+    stored = config_lib.flatten(ConfigDict(record["config"]))
+    given = config_lib.flatten(config)
     # What other versions know is the rest.
     fixed = stored.keys() & given.keys() - set(_MAY_DIFFER)
     if differing := _differing(stored, given, fixed):
@@ -139,7 +144,7 @@ def _differing(stored: dict, given: dict, fixed: Collection[str]) -> str:
 
 
 @contextmanager
-def held(run_dir: Path, config: ConfigDict) -> Iterator[None]:
+def locked(run_dir: Path, config: ConfigDict) -> Iterator[None]:
     """Makes the folder for one process to train in, and keeps others from it meanwhile.
 
     Raises:

@@ -28,7 +28,7 @@ from mnist_flax import pooling, tiles
 # would arrange them by image in between.
 _IMAGES = 5
 # Of a batch that those do not divide: a power of two would have four, and with those be slower.
-_MOST_IMAGES = 8
+_MAX_IMAGES = 8
 
 
 def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool_size: int) -> jax.Array:
@@ -38,7 +38,7 @@ def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, pool_size: int) 
 
 def in_blocks(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """A function of [blocks, C, H, W, images], such as a layer, of x [B, H, W, C]."""
-    split = tiles.splitter(len(x), _MOST_IMAGES if len(x) % _IMAGES else _IMAGES)
+    split = tiles.splitter(len(x), _MAX_IMAGES if len(x) % _IMAGES else _IMAGES)
     return tiles.join(_swap(function(_swap(split(x)))), len(x))
 
 

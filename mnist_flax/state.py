@@ -65,7 +65,7 @@ def create(
 
 
 def root_key(seed: int) -> jax.Array:
-    """The key of which everything random of a run comes, but for the order of the examples."""
+    """The key from which all randomness of a run derives, except the order of examples."""
     return jax.random.key(seed, impl=_PRNG)
 
 

@@ -3,7 +3,7 @@
 A caller binds the network and the optimiser and compiles once:
 
     epoch = jax.jit(partial(steps.train_epoch, model=model, tx=tx), donate_argnums=0)
-    state, metrics = epoch(state, images, labels, batches)
+    state, metrics = epoch(state, images, labels, rows)
 
 Metrics are sums and counts over the examples that a mask lets through, so that padding never
 counts and averages over unequal batches are exact.
@@ -19,14 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from numpy.typing import ArrayLike
 
 from mnist_flax import block_updates, optim, share_keys
 from mnist_flax.errors import UserError
 from mnist_flax.state import TrainState, step_key
-
-# The name of the mesh or pmap axis over which each batch is split; None where none is.
-Axis = str | None
 
 
 @flax.struct.dataclass
@@ -48,9 +44,8 @@ class Batch:
 class Metrics:
     """Sums over examples: the loss, correct predictions and their number (int32).
 
-    The loss is float32, or of one step with wider logits of their dtype.
-
-    Those of several batches are added with `+`.
+    `loss_sum` is float32; that of a single step with wider logits has their dtype. Metrics of
+    several batches are added with `+`.
     """
 
     loss_sum: jax.Array
@@ -124,7 +119,7 @@ def train_step(
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
-    axis_name: Axis = None,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update by the gradient of the mean loss over the batch's examples.
 
@@ -183,7 +178,9 @@ def _step(state, batch, count, *, model, update, axis_name):
     ), each
 
 
-def eval_step(variables: Any, batch: Batch, *, model: nn.Module, axis_name: Axis = None) -> Metrics:
+def eval_step(
+    variables: Any, batch: Batch, *, model: nn.Module, axis_name: str | None = None
+) -> Metrics:
     """The metrics of a batch; with `axis_name` of the whole batch, on every device.
 
     Args:
@@ -198,13 +195,13 @@ def train_epoch(
     state: TrainState,
     images: jax.Array,
     labels: jax.Array,
-    batches: jax.Array,
+    rows: jax.Array,
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
-    axis_name: Axis = None,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """`train_step` over each row of `batches`, in one `lax.scan`.
+    """`train_step` over each of `rows`, in one `lax.scan`.
 
     The data set stays on the device as uint8; only indices are new. An epoch may be given in
     pieces: the states are the same.
@@ -213,8 +210,9 @@ def train_epoch(
         state, model, tx, axis_name: as `train_step` takes them.
         images: uint8 [N, H, W, C]; here they are scaled to [0, 1].
         labels: int32 [N].
-        batches: int32 [steps, B], with `axis_name` the device's own share of each batch; -1 is
-            padding. Each batch has an example, on all devices together.
+        rows: int32 [steps, B], the indices of each batch's examples, with `axis_name` of the
+            device's own share of them; -1 is padding. Each batch has an example, on all devices
+            together.
 
     Returns:
         The state after the last step, and the metrics of all steps and devices together.
@@ -223,7 +221,7 @@ def train_epoch(
     whole = partial(epoch, update=partial(optim.update, tx))
     shapes = block_updates.large_shapes(tx, state.params)
     if not shapes:
-        return whole(state, images, labels, batches)
+        return whole(state, images, labels, rows)
     like = jax.eval_shape(lambda opt_state: opt_state, state.opt_state)
 
     def in_blocks(state, *data):
@@ -231,28 +229,27 @@ def train_epoch(
         state, metrics = epoch(state, *data, update=partial(block_updates.update, tx, shapes, like))
         return state.replace(opt_state=block_updates.join(like, state.opt_state)), metrics
 
-    return lax.platform_dependent(state, images, labels, batches, cpu=in_blocks, default=whole)
+    return lax.platform_dependent(state, images, labels, rows, cpu=in_blocks, default=whole)
 
 
-def _train_epoch(state, images, labels, batches, *, model, update, axis_name):
+def _train_epoch(state, images, labels, rows, *, model, update, axis_name):
     # Devices wait for each other at every sum: in a step only the gradients' is left.
-    counts = _psum(axis_name, (batches >= 0).sum(axis=1).astype(jnp.float32))
+    counts = _psum(axis_name, (rows >= 0).sum(axis=1).astype(jnp.float32))
 
-    def step(carry, row):
-        state, total = carry
-        indices, count = row
-        batch = gather(images, labels, indices)
+    def step(carry, row_and_count):
+        (state, total), (row, count) = carry, row_and_count
+        batch = gather(images, labels, row)
         state, each = _step(state, batch, count, model=model, update=update, axis_name=axis_name)
         return (state, _add(total, each)), None
 
-    start = (state, _pvary(axis_name, _zero_metrics(batches)))
-    (state, total), _ = lax.scan(step, start, (batches, counts))
+    start = (state, _pvary(axis_name, _zero_metrics(rows)))
+    (state, total), _ = lax.scan(step, start, (rows, counts))
     return state, _psum(axis_name, _sum_examples(total))
 
 
-def _zero_metrics(batches):
+def _zero_metrics(rows):
     """Metrics of each place in a batch, [B], before the first."""
-    size = batches.shape[-1]
+    size = rows.shape[-1]
     return Metrics(*(jnp.zeros(size, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
 
 
@@ -265,39 +262,43 @@ def eval_epoch(
     variables: Any,
     images: jax.Array,
     labels: jax.Array,
-    batches: jax.Array,
+    rows: jax.Array,
     *,
     model: nn.Module,
-    axis_name: Axis = None,
+    axis_name: str | None = None,
 ) -> Metrics:
-    """`eval_step` over each row of `batches`, in one `lax.scan`.
+    """`eval_step` over each of `rows`, in one `lax.scan`.
 
     `variables` as `eval_step` takes them, the other arguments as `train_epoch`.
     """
 
-    def step(total, indices):
-        batch = gather(images, labels, indices)
+    def step(total, row):
+        batch = gather(images, labels, row)
         logits = model.apply(variables, batch.images, train=False)
         return _add(total, _measure_each(logits, batch)), None
 
-    total, _ = lax.scan(step, _pvary(axis_name, _zero_metrics(batches)), batches)
+    total, _ = lax.scan(step, _pvary(axis_name, _zero_metrics(rows)), rows)
     return _psum(axis_name, _sum_examples(total))
 
 
-def averages(loss_sum: ArrayLike, correct: ArrayLike, count: ArrayLike) -> dict[str, Any]:
-    """Means over examples of sums on the host, numbers or [seeds], as numbers or lists."""
-    counts = np.asarray(count, float)
+def averages(sums: Any) -> dict[str, Any]:
+    """Means over examples as numbers, or of several seeds lists.
+
+    Args:
+        sums: has `loss_sum`, `correct` and `count` on the host, numbers or [seeds].
+    """
+    counts = np.asarray(sums.count, float)
     return {
-        "loss": (np.asarray(loss_sum, float) / counts).tolist(),
-        "accuracy": (np.asarray(correct, float) / counts).tolist(),
+        "loss": (np.asarray(sums.loss_sum, float) / counts).tolist(),
+        "accuracy": (np.asarray(sums.correct, float) / counts).tolist(),
         "count": int(counts.flat[0]),
     }
 
 
-def _psum(axis_name: Axis, tree: Any) -> Any:
+def _psum(axis_name: str | None, tree: Any) -> Any:
     return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
-def _pvary(axis_name: Axis, tree: Any) -> Any:
+def _pvary(axis_name: str | None, tree: Any) -> Any:
     """Casts what all devices share to values that may differ from device to device."""
     return tree if axis_name is None else lax.pcast(tree, axis_name, to="varying")

@@ -8,7 +8,7 @@ from jax import lax
 
 # Batches of fewer images are not split: where one is not shared its device has all cores, for which
 # the products of a block would be too small.
-_LEAST_SPLIT = 16
+_MIN_SPLIT = 16
 
 
 def fit(x: jax.Array, h: int, w: int) -> jax.Array:
@@ -19,7 +19,7 @@ def fit(x: jax.Array, h: int, w: int) -> jax.Array:
 
 def is_split(batch: int) -> bool:
     """Whether a batch is split at all."""
-    return batch >= _LEAST_SPLIT
+    return batch >= _MIN_SPLIT
 
 
 def splitter(batch: int, most: int) -> Callable[[jax.Array], jax.Array]:

@@ -44,8 +44,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     Called again on the same folder it resumes after the newest checkpoint; on CPU with as many
     devices that gives bit for bit the parameters of a run that was never stopped. For a finished
     run it returns the summary. On CPU each core becomes a device only if this is called before
-    JAX's first computation; before JAX 0.11 the environment variable NPROC is 1 from then on, with
-    which JAX takes one thread a device, in the processes started from this one, too.
+    JAX's first computation. It may set the environment variable NPROC, also for the processes
+    started from this one: to 1 before JAX 0.11, so that each device has one thread, and later to
+    the cores that a container may use, if the machine has more.
 
     Args:
         config: as `config.default()`, which says what each key means.
@@ -91,7 +92,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     tx = parts.create_optimizer(config, data.train.size)
     abstract = parts.abstract_state(config, model, tx, data.train.image_shape, mesh)
     checkpoint.check_room(rundir.nearest_existing(rundir.checkpoints(run_dir)), abstract)
-    with rundir.held(run_dir, config):
+    with rundir.locked(run_dir, config):
         # Another process may have finished it meanwhile.
         return _finished(run_dir) or _train_and_score(
             config, run_dir, data, model, tx, abstract, mesh, began
@@ -116,7 +117,7 @@ def _train_and_score(
     mesh: Mesh,
     began: float,
 ) -> dict[str, Any]:
-    """`train_and_evaluate` from the initial state on, in a folder that is held."""
+    """`train_and_evaluate` from the initial state on, in a folder that is locked."""
     parameters = state_lib.count_parameters(abstract.params) // config.num_seeds
     report.header(config, parameters, data, run_dir, environment.device_name(mesh.size))
 
@@ -196,9 +197,7 @@ def _restore(
 
     def abstract_state_of(record: dict[str, Any]) -> TrainState:
         _check_data(config, record, constants)
-        at = Position(**record["position"])
-        if at.epoch or np.any(at.count):
-            rundir.check_trained(run_dir, record["config"], config)
+        rundir.check_trained(run_dir, record, config)
         before = record["config"]["optimizer"]
         if before == config.optimizer:
             return abstract

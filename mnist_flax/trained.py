@@ -76,7 +76,7 @@ class Trained:
         return np.concatenate(rows) if rows else np.zeros((0, self.model.num_classes), np.float32)
 
     def evaluate(self, split: str | None = None) -> dict[str, Any]:
-        """Scores a TFDS slice of the run's data set, without one its test split.
+        """Scores a TFDS slice of the run's data set, by default its test split.
 
         Returns:
             {"loss": mean cross-entropy, "accuracy": in [0, 1], "count": examples scored}.
@@ -135,6 +135,9 @@ class Trained:
 def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None = None) -> Trained:
     """Reads a finished or unfinished run.
 
+    Called before JAX's first computation it limits XLA's threads to the cores that a container may
+    use (`parallel.limit_threads`).
+
     Args:
         workdir: the run folder.
         step: the checkpoint's step; without it the newest sound one.
@@ -168,8 +171,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, seed: int | None =
 
     def abstract(record: dict[str, Any]) -> state_lib.TrainState:
         shape = tuple(record["image_shape"])
-        if record["position"]["epoch"] or np.any(record["position"]["count"]):
-            rundir.check_trained(run_dir, record["config"], config)
+        rundir.check_trained(run_dir, record, config)
         model = parts.create_model(config, record["num_classes"])
         # Not the run's where a network from a Keras file is about to train with another.
         tx = optim.without_schedule(record["config"]["optimizer"])

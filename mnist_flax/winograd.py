@@ -24,7 +24,7 @@ from jax import lax
 from mnist_flax import pooling, tiles
 
 # Tiles of a block of the batch: fewer give products too few rows, more leave the cache.
-_MOST_TILES = 128
+_MAX_TILES = 128
 
 
 def suits(x: jax.Array, kernel: jax.Array) -> bool:
@@ -165,7 +165,7 @@ def plan_for(x: jax.Array, kernel: jax.Array, pool: bool) -> Plan:
     # Larger tiles cost more to transform and round more: they must save a quarter of the products.
     m = 4 if tiling(4)[2] < 3 / 4 * tiling(2)[2] else 2
     size, count, _ = tiling(m)
-    split = tiles.splitter(len(x), _MOST_TILES // math.prod(count))
+    split = tiles.splitter(len(x), _MAX_TILES // math.prod(count))
     outputs, kernels, inputs = zip(*(_matrices(m, k) for k in (kh, kw)), strict=True)
     pools = np.arange(m * m).reshape(m // 2, 2, m // 2, 2).swapaxes(1, 2).reshape(-1, 4)
     both = np.kron(*kernels).astype(x.dtype)

@@ -24,13 +24,13 @@ _OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, 1]])
 _INPUT, _KERNEL, _OUTPUT = (np.kron(matrix, matrix) for matrix in (_INPUT, _KERNEL, _OUTPUT))
 
 # With fewer channels or features there are too few products to save.
-_LEAST_WIDTH = 8
+_MIN_WIDTH = 8
 
 
 def suits(x: jax.Array, kernel: jax.Array) -> bool:
     """Whether `conv_relu_pool` can make this convolution, and faster than other forms."""
     kh, kw, c, features = kernel.shape
-    wide = x.dtype.itemsize >= 4 and min(c, features) >= _LEAST_WIDTH
+    wide = x.dtype.itemsize >= 4 and min(c, features) >= _MIN_WIDTH
     return wide and (kh, kw) == (3, 3) and tiles.is_split(len(x))
 
 

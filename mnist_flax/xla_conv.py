@@ -1,9 +1,9 @@
 """Convolutions by XLA itself, for GPU and TPU.
 
-Over several seeds `jax.vmap` makes one grouped convolution, and of the kernels' gradients a grouped
-one with windows as large as the images. For these cuDNN does not use the algorithm that it has for
-each alone. Within `jax.vmap(..., axis_name=SEED_AXIS)` they therefore stay one after the other, up
-to `_MOST`, and the axis of `vmap` stays in front. Only first gradients, in reverse mode, can be
+Over several seeds `jax.vmap` would make one grouped convolution, and of the kernels' gradients one
+with windows as large as the images, for which cuDNN does not use the algorithm that it has for a
+single one. Within `jax.vmap(..., axis_name=SEED_AXIS)` each seed therefore keeps its own, up to
+`_MAX_SEEDS`, and the axis of `vmap` stays in front. Only first gradients, in reverse mode, can be
 taken there.
 """
 
@@ -19,7 +19,7 @@ from jax.custom_batching import custom_vmap
 from mnist_flax import pooling, shardings
 
 # With more of them, which JAX batches, the program would take long to compile.
-_MOST = 64
+_MAX_SEEDS = 64
 
 
 def conv_relu(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: str) -> jax.Array:
@@ -103,7 +103,7 @@ def _one_by_one(product: Callable) -> Callable:
 
     @called.def_vmap
     def batched(size, in_batched, a, b):
-        if all(in_batched) and 0 < size <= _MOST:
+        if all(in_batched) and 0 < size <= _MAX_SEEDS:
             return jnp.stack([called(*operands) for operands in zip(a, b, strict=True)]), True
         axes = tuple(0 if each else None for each in in_batched)
         return jax.vmap(product, axes)(a, b), True

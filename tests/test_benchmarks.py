@@ -142,7 +142,7 @@ def test_a_missing_package_is_named_before_anything_runs(monkeypatch, tmp_path):
 
 def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path, monkeypatch):
     datasets.load("digits", "train")
-    monkeypatch.setitem(throughput.PEERS, "broken", throughput.Kind("broken"))
+    monkeypatch.setitem(throughput.PEERS, "broken", throughput.PeerSpec("broken"))
     arguments = "--networks baseline --peers broken flax-loop --dataset digits --repetitions 2"
     with pytest.raises(SystemExit, match="not measured, as said above: broken of baseline"):
         throughput.main([*arguments.split(), "--seconds=0.5", f"--results={tmp_path}"])

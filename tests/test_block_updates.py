@@ -32,8 +32,8 @@ def epoch_of(tx):
 
 def in_small_blocks(monkeypatch):
     """Kernels of 81 columns are cut into blocks of 30, 30 and 21 rows."""
-    monkeypatch.setattr(block_updates, "_LEAST", 5000)
-    monkeypatch.setattr(block_updates, "_BLOCK", 2500)
+    monkeypatch.setattr(block_updates, "_MIN_SIZE", 5000)
+    monkeypatch.setattr(block_updates, "_BLOCK_SIZE", 2500)
 
 
 @pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)

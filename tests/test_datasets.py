@@ -566,13 +566,13 @@ def test_a_cache_that_cannot_be_written_costs_one_warning(fresh):
     assert ["not kept" in str(warning.message) for warning in said] == [True]
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
+@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist", "kmnist:3.0.1"])
 @pytest.mark.parametrize("downloaded", [False, True])
 def test_the_rest_of_the_mnist_family_is_prepared_from_its_files(
     fresh, tmp_path, monkeypatch, name, downloaded
 ):
     rng = np.random.default_rng(0)
-    builder_class = builders._idx_builder_class(name)
+    builder_class = builders._idx_builder_class(builders.without_version(name))
     examples, url_infos = {}, {}
     for split, size in (("train", 12), ("test", 5)):
         images = rng.integers(0, 256, (size, 28, 28), np.uint8)
@@ -751,3 +751,10 @@ def test_a_version_that_lies_there_can_be_named(fresh):
     assert config_lib.recipe("larger", "cats_vs_dogs:4.0.0").name == "larger-cats_vs_dogs-4.0.0"
     with pytest.raises(UserError, match="cats_vs_dogs:4.0.9"):
         datasets.load("cats_vs_dogs:4.0.9", "train")
+
+
+def test_the_embedded_set_may_be_named_with_its_version(fresh):
+    assert len(datasets.load("digits:1.0.0", "test").labels) == 297
+    with pytest.raises(UserError, match="at version 2.0.0, only: 1.0.0"):
+        datasets.load("digits:2.0.0", "test")
+    assert config_lib.recipe("larger", "digits:1.0.0").batch_size == 32

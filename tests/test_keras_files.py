@@ -955,7 +955,7 @@ def test_damage_is_said(file, tmp_path):
 def test_a_reader_that_fails_is_said(code, message, tmp_path, monkeypatch):
     (tmp_path / "failing.py").write_text(code)
     monkeypatch.setattr(keras_files.hdf5_reader, "__file__", str(tmp_path / "failing.py"))
-    monkeypatch.setattr(keras_files, "_MOST_SECONDS", 1 if "while" in code else 60)
+    monkeypatch.setattr(keras_files, "_MAX_SECONDS", 1 if "while" in code else 60)
     with pytest.raises(UserError) as error:
         keras_files.read(FOLDER / FILES[0])
     assert message in str(error.value)
@@ -1092,7 +1092,7 @@ def test_a_hostile_archive_is_refused(members, message, tmp_path):
 
 @pytest.mark.parametrize("file", FILES)
 def test_what_is_too_large_is_not_called_damaged(file):
-    code = "from mnist_flax import hdf5_reader as r; r._MOST_BYTES = 10_000; r.main()"
+    code = "from mnist_flax import hdf5_reader as r; r._MAX_BYTES = 10_000; r.main()"
     command = [sys.executable, "-c", code, str(FOLDER / file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == hdf5_reader.TOO_LARGE

@@ -137,7 +137,7 @@ def test_an_epoch_with_a_short_last_batch_is_that_of_keras(name, float64):
     rows = np.concatenate([np.arange(107), np.full(18, -1)]).reshape(5, 25).astype(np.int32)
     epoch = jax.jit(partial(steps.train_epoch, model=model, tx=tx))
     trained, metrics = epoch(state, jnp.asarray(data.images), jnp.asarray(data.labels), rows)
-    means = steps.averages(metrics.loss_sum, metrics.correct, metrics.count)
+    means = steps.averages(metrics)
     # The images are scaled in float32.
     np.testing.assert_allclose(means["loss"], history["loss"][0], rtol=1e-5)
     assert means["accuracy"] == pytest.approx(history["accuracy"][0], abs=1e-7)

@@ -66,9 +66,9 @@ def assert_same(conv, x, kernel, padding, tolerance, reference=None):
 @both
 def test_conv_is_xlas_convolution(monkeypatch, conv, padding, kernel_size, channels, images):
     if images:
-        monkeypatch.setattr(side_by_side, "_MOST_IMAGES", images)
+        monkeypatch.setattr(side_by_side, "_MAX_IMAGES", images)
         monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", 25_000 * images)
-        monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
+        monkeypatch.setattr(tiles, "_MIN_SPLIT", 1)
     x = normal(0, (6, 9, 12, channels))
     kernel = normal(1, (*kernel_size, channels, 7))
     assert_same(conv, x, kernel, padding, 4e-6)
@@ -98,8 +98,8 @@ def test_winograd_is_xlas_convolution(monkeypatch, conv, kernel_size, size, spli
     x, kernel = normal(0, (3, *size, 32)), normal(1, (*kernel_size, 32, 34))
     assert winograd.suits(x, kernel)
     if split:
-        monkeypatch.setattr(winograd, "_MOST_TILES", 16)
-        monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
+        monkeypatch.setattr(winograd, "_MAX_TILES", 16)
+        monkeypatch.setattr(tiles, "_MIN_SPLIT", 1)
     assert_same(conv, x, kernel, "VALID", 2e-5)
 
 
@@ -126,8 +126,8 @@ def test_narrow_winograd_is_for_batches_and_kernels_that_it_suits(batch_and_kern
 )
 def test_two_convolutions_in_one_loop_are_one_after_the_other(monkeypatch, pool, size, in_one_loop):
     # Blocks of two images, the last filled up.
-    monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1 if in_one_loop else 6)
-    monkeypatch.setattr(winograd, "_MOST_TILES", 2 * {3: 9, 5: 4}[size])
+    monkeypatch.setattr(tiles, "_MIN_SPLIT", 1 if in_one_loop else 6)
+    monkeypatch.setattr(winograd, "_MAX_TILES", 2 * {3: 9, 5: 4}[size])
     x, kernels = normal(0, (5, 14, 13, 2)), [(3, 4, 2, 32), (size, size, 32, 33)]
     weights = [a for n, k in enumerate(kernels) for a in (normal(n, k), normal(n, k[3:]))]
     assert conv_pair._suits(x, weights[0], weights[2]) == in_one_loop
@@ -210,9 +210,9 @@ def test_splitter():
 @pytest.mark.parametrize("batch", [1, 7, 12])
 @both
 def test_blocks_of_the_batch(monkeypatch, conv, batch):
-    monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
+    monkeypatch.setattr(tiles, "_MIN_SPLIT", 1)
     # Five fit; a batch of 7, which only 1 divides, is filled up to two blocks of 4.
-    monkeypatch.setattr(side_by_side, "_MOST_IMAGES", 5)
+    monkeypatch.setattr(side_by_side, "_MAX_IMAGES", 5)
     bytes_per_image = 6 * 6 * (3 * 3 * 16 + 8) * 4
     monkeypatch.setattr(cpu_conv, "_BLOCK_BYTES", 6 * bytes_per_image - 1)
     x, kernel = normal(0, (batch, 6, 6, 16)), normal(1, (3, 3, 16, 8))
@@ -220,7 +220,7 @@ def test_blocks_of_the_batch(monkeypatch, conv, batch):
     program = str(jax.make_jaxpr(partial(conv, padding="VALID"))(x, kernel, jnp.zeros(8)))
     blocks = {1: 1, 7: 2, 12: 3}[batch]
     assert f"length={blocks}\n" in program
-    monkeypatch.setattr(tiles, "_LEAST_SPLIT", 13)
+    monkeypatch.setattr(tiles, "_MIN_SPLIT", 13)
     program = str(jax.make_jaxpr(partial(conv, padding="VALID"))(x, kernel, jnp.zeros(8)))
     assert "length=1\n" in program
 

@@ -280,5 +280,6 @@ def test_the_readme_s_own_loop_runs(monkeypatch):
     names = {"images": np.zeros((2, 28, 28, 1), np.float32), "labels": np.array([3, 25], np.int32)}
     exec(loop, names)
     assert names["logits"].shape == (2, 26) and int(names["metrics"].count) == 2
-    code = "import mnist_flax; mnist_flax.config.default(); mnist_flax.train_and_evaluate; "
-    subprocess.run([sys.executable, "-c", f"{code}mnist_flax.load"], check=True, cwd=REPOSITORY)
+    names = "state optim config.default() train_and_evaluate load"
+    code = "".join(f"; mnist_flax.{name}" for name in names.split())
+    subprocess.run([sys.executable, "-c", f"import mnist_flax{code}"], check=True, cwd=REPOSITORY)

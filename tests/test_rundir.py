@@ -70,7 +70,7 @@ def test_a_run_without_a_checkpoint_gives_way_to_another_configuration(tmp_path)
     rundir.write_config(tmp_path, config)
     rundir.checkpoints(tmp_path).mkdir()
     config.batch_size = 32
-    with rundir.held(tmp_path, config):
+    with rundir.locked(tmp_path, config):
         # It may still be refused, for its data.
         assert rundir.read_config(tmp_path).batch_size == 200
         rundir.write_config(tmp_path, config)
@@ -102,17 +102,20 @@ def test_where_the_data_lies_may_change(tmp_path):
     config = config_lib.default()
     rundir.write_config(tmp_path, config)
     (rundir.checkpoints(tmp_path) / "300").mkdir(parents=True)
-    before = config.to_dict()
+    record = {"position": {"epoch": 1, "count": 0}, "config": config.to_dict()}
     config.data.manual_dir = "elsewhere"
     rundir.check(tmp_path, config)
-    rundir.check_trained(tmp_path, before, config)
+    rundir.check_trained(tmp_path, record, config)
     # As an earlier version leaves it, which knew less, or a later one, which knows more.
-    del before["compute_dtype"]
-    rundir.check_trained(tmp_path, before | {"later": 1}, config)
-    before["batch_size"] = 1
+    del record["config"]["compute_dtype"]
+    record["config"]["later"] = 1
+    rundir.check_trained(tmp_path, record, config)
+    record["config"]["batch_size"] = 1
     message = "of another configuration than its config.json .batch_size is 1 there and 200 now"
     with pytest.raises(UserError, match=message):
-        rundir.check_trained(tmp_path, before, config)
+        rundir.check_trained(tmp_path, record, config)
+    record["position"] = {"epoch": 0, "count": 0}
+    rundir.check_trained(tmp_path, record, config)
 
 
 @pytest.mark.parametrize(
@@ -159,22 +162,22 @@ def test_a_start_that_was_killed_can_be_repeated(tmp_path):
     (tmp_path / ".lock").touch()
     rundir.checkpoints(tmp_path).mkdir()
     rundir.check(tmp_path, config_lib.default())
-    with rundir.held(tmp_path, config_lib.default()):
+    with rundir.locked(tmp_path, config_lib.default()):
         pass
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
     config = config_lib.default()
-    with rundir.held(tmp_path / "run", config):
+    with rundir.locked(tmp_path / "run", config):
         with (
             pytest.raises(UserError, match=r"another process is training in the run folder .*run"),
-            rundir.held(tmp_path / "run", config),
+            rundir.locked(tmp_path / "run", config),
         ):
             pass
         # The one that was refused has not let go of it.
-        with pytest.raises(UserError), rundir.held(tmp_path / "run", config):
+        with pytest.raises(UserError), rundir.locked(tmp_path / "run", config):
             pass
-    with rundir.held(tmp_path / "run", config):
+    with rundir.locked(tmp_path / "run", config):
         pass
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
@@ -204,7 +207,7 @@ def test_what_another_process_began_since_the_check_is_left_alone(tmp_path):
     other.seed = 1
     with (
         pytest.raises(UserError, match="seed is 0 there and 1 now"),
-        rundir.held(tmp_path, other),
+        rundir.locked(tmp_path, other),
     ):
         pass
     assert rundir.read_config(tmp_path).seed == 0
@@ -214,7 +217,7 @@ def test_the_name_of_a_new_folder_is_on_the_disk(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(files, "sync_one", synced.append)
     for _ in range(2):
-        with rundir.held(tmp_path / "runs/one", config_lib.default()):
+        with rundir.locked(tmp_path / "runs/one", config_lib.default()):
             assert synced == [tmp_path / "runs", tmp_path]
 
     def refuse(path):
@@ -222,7 +225,7 @@ def test_the_name_of_a_new_folder_is_on_the_disk(tmp_path, monkeypatch):
 
     # Beside others' folders, which may be written and not read.
     monkeypatch.setattr(files, "sync_one", refuse)
-    with rundir.held(tmp_path / "runs/two", config_lib.default()):
+    with rundir.locked(tmp_path / "runs/two", config_lib.default()):
         pass
 
 
@@ -233,7 +236,7 @@ def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refused)
     with (
         pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"),
-        rundir.held(tmp_path, config_lib.default()),
+        rundir.locked(tmp_path, config_lib.default()),
     ):
         pass
 

@@ -263,7 +263,7 @@ def test_a_hundred_steps_follow_the_plain_convolution(monkeypatch, network):
     count = 8 if network == "branched" else 7
     if network != "branched":
         splitter = tiles.splitter
-        monkeypatch.setattr(tiles, "_LEAST_SPLIT", 1)
+        monkeypatch.setattr(tiles, "_MIN_SPLIT", 1)
         monkeypatch.setattr(tiles, "splitter", lambda batch, most: splitter(batch, min(most, 3)))
     # In float64, as at this rate 100 steps can make 20 % of a difference of 1e-7.
     with jax.enable_x64(True):

@@ -338,7 +338,7 @@ def test_a_resumed_run_makes_no_second_state(whole_run, tmp_path, monkeypatch):
 
 def test_a_run_that_is_under_way_is_not_begun_again(whole_run, tmp_path):
     with (
-        rundir.held(tmp_path / "run", small_config()),
+        rundir.locked(tmp_path / "run", small_config()),
         pytest.raises(UserError, match="another process is training"),
     ):
         train.train_and_evaluate(small_config(), tmp_path / "run")

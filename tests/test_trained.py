@@ -91,7 +91,7 @@ def test_evaluate_counts_every_example_of_a_split(run):
 
 
 def test_a_split_in_several_pieces_is_scored_as_a_whole(run, monkeypatch):
-    monkeypatch.setattr(scoring, "_PIECE", 1000)
+    monkeypatch.setattr(scoring, "_PIECE_EXAMPLES", 1000)
     arrays = datasets.load("digits", "train[:1207]")
     probabilities, score = run.predict(arrays.images), run.evaluate("train[:1207]")
     assert score["count"] == 1207

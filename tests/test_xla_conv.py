@@ -43,7 +43,7 @@ def test_several_stay_one_after_the_other(monkeypatch):
         text = jax.jit(several).lower(*operands).as_text()
         return text.count("stablehlo.convolution("), bool(re.search("group_count = [^1]", text))
 
-    monkeypatch.setattr(xla_conv, "_MOST", 3)
+    monkeypatch.setattr(xla_conv, "_MAX_SEEDS", 3)
     assert convolutions(3) == (3, True)
     assert convolutions(3, axis_name=shardings.SEED_AXIS) == (9, False)
     assert convolutions(4, axis_name=shardings.SEED_AXIS) == (3, True)

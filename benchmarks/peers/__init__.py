@@ -55,7 +55,7 @@ class Peer:
     parameters: int
     train: Callable[[int], tuple[int, float]]
     loss: Callable[[], float]
-    device_memory: Callable[[], int | None] = lambda: None
+    device_memory: Callable[[], int | None]
 
 
 def jax_memory() -> int | None:

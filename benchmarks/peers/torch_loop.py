@@ -106,25 +106,29 @@ def create(job: Job, data: Data, variant: str) -> Peer:
             capturable=capturable,
         )
     )
-    forward = model
-    if variant in ("compile", "compile_graph"):
-        forward = torch.compile(model)
-    elif variant == "cudagraphs":
-        forward = torch.compile(model, mode="reduce-overhead")
     mixed = torch.autocast(device, torch.bfloat16, enabled=job.dtype == "bfloat16")
     cross_entropy = nn.CrossEntropyLoss()
     total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
 
-    def step(row: torch.Tensor) -> None:
+    def measure(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = labels[row]
-        optimizer.zero_grad()
         with mixed:
-            logits = forward(images[row])
+            logits = model(images[row])
             loss = cross_entropy(logits, y)
+        return loss, (logits.detach().argmax(1) == y).sum()
+
+    if variant in ("compile", "compile_graph"):
+        measure = torch.compile(measure)
+    elif variant == "cudagraphs":
+        measure = torch.compile(measure, mode="reduce-overhead")
+
+    def step(row: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss, right = measure(row)
         loss.backward()
         optimizer.step()
         total.add_(loss.detach())
-        correct.add_((logits.detach().argmax(1) == y).sum())
+        correct.add_(right)
 
     if capturable:
         step = captured(step, rows[0])

