@@ -7,7 +7,8 @@
 Each is a whole process: it imports its framework, reads MNIST from disk, builds the network,
 trains one epoch and scores the test set. Ours is `python -m mnist_flax.main`, which also writes
 its run folder and checkpoint: once with nothing compiled before, and once again after that. The
-others are scripts as their users write them. They take turns.
+others are scripts as their users write them. They take turns. On a GPU our first steps are one
+program of up to an epoch, and its end is taken for the first's.
 `pip install ".[bench]"` brings Keras and PyTorch; MNIST must have been prepared, which training a
 recipe once does.
 """

@@ -131,9 +131,17 @@ with tfds.core.registered.skip_registration():
                 yield index, {"image": _like_mnist(image), "label": int(label)}
 
 
-def without_version(name: str) -> str:
-    """`mnist` of `mnist:3.0.1`."""
-    return name.partition(":")[0]
+def is_mnist_family(name: str) -> bool:
+    """Whether it is a set of the MNIST family, in the version that is prepared here."""
+    return _own_builder_class(name) is not None
+
+
+def _own_builder_class(name: str) -> type[tfds.core.GeneratorBasedBuilder] | None:
+    base, _, version = name.partition(":")
+    if base not in MNIST_FAMILY:
+        return None
+    own = _idx_builder_class(base)
+    return own if version in ("", str(own.VERSION)) else None
 
 
 def create(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
@@ -150,11 +158,10 @@ def create(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         # It would look into a bucket that TFDS has switched off, and leave a folder in /tmp.
         info, asks_bucket = tfds.core.DatasetInfo, "initialize_from_bucket"
         with quiet(), tfds.core.utils.temporary_assignment(info, asks_bucket, lambda self: None):
-            base, _, version = name.partition(":")
-            if base == "digits":
-                builder = Digits(data_dir=data_dir, version=version or None)
-            elif base in MNIST_FAMILY:
-                builder = _idx_builder_class(base)(data_dir=data_dir, version=version or None)
+            if name == "digits":
+                builder = Digits(data_dir=data_dir)
+            elif (own := _own_builder_class(name)) is not None:
+                builder = own(data_dir=data_dir)
             else:
                 builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:

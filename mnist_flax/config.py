@@ -87,7 +87,7 @@ def recipe(name: str, dataset: str, **overrides: Any) -> ConfigDict:
     for key in flat:
         check_key(key)
     config.update_from_flattened_dict(flat)
-    if dataset.partition(":")[0] == "digits":
+    if dataset == "digits":
         config.batch_size = min(config.batch_size, 32)
         config.epochs = max(config.epochs, 20)
     return config

@@ -175,7 +175,7 @@ def _prepared(
     builder = builders.create(name, _data_dir())
     # Refuses a wrong slice before anything is prepared.
     builders.resolve(builder, split)
-    in_family = builders.without_version(name) in builders.MNIST_FAMILY
+    in_family = builders.is_mnist_family(name)
     if manual_dir and not in_family:
         raise UserError(
             f"data.manual_dir is for {', '.join(builders.MNIST_FAMILY)}, not for {name}: "

@@ -70,12 +70,11 @@ def prepare(
 
 def _prepare_in(scratch: Path, name: str, target: Path, manual_dir: Path | None) -> None:
     writer = builders.create(name, scratch)
-    base = builders.without_version(name)
-    in_family = base in builders.MNIST_FAMILY
+    in_family = builders.is_mnist_family(name)
     if in_family and manual_dir is None:
         manual_dir = _download_gz_files(writer, scratch / "gz")
     # What other sets download is large, and worth keeping for the next try.
-    keep = scratch if in_family or base == "digits" else scratch.parent
+    keep = scratch if in_family or name == "digits" else scratch.parent
     _download_and_prepare(writer, keep / "downloads", manual_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(writer.data_dir, target)

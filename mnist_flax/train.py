@@ -45,8 +45,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     devices that gives bit for bit the parameters of a run that was never stopped. For a finished
     run it returns the summary. On CPU each core becomes a device only if this is called before
     JAX's first computation. It may set the environment variable NPROC, also for the processes
-    started from this one: to 1 before JAX 0.11, so that each device has one thread, and later to
-    the cores that a container may use, if the machine has more.
+    started from this one: to 1 where several cores become devices before JAX 0.11, so that each has
+    one thread, otherwise to the cores that a container may use, if the machine has more.
 
     Args:
         config: as `config.default()`, which says what each key means.

@@ -406,10 +406,13 @@ def test_only_seeds_that_are_left_are_trained_in_groups(tmp_path, monkeypatch):
     assert reproduce_larger("--seeds=1", "--device=gpu") == [("larger", 0, 1)]
     for kind in ("cpu_bfloat16", "gpu"):
         assert [run["seed"] for run in results(kind)] == [0]
-    # On a GPU all seeds at once, but in Keras, where each is a process.
-    on_gpu = ("--seeds=4", "--device=gpu")
-    assert reproduce_larger(*on_gpu, together=()) == [("larger", 1, 3)]
-    assert reproduce_larger(*on_gpu, "--keras", together=()) == [[0], [1], [2], [3]]
+    # On a GPU ten seeds at once, but in Keras, where each is a process.
+    assert reproduce_larger("--seeds=13", "--device=gpu", together=()) == [
+        ("larger", 1, 10),
+        ("larger", 11, 2),
+    ]
+    in_keras = reproduce_larger("--seeds=4", "--device=gpu", "--keras", together=())
+    assert in_keras == [[0], [1], [2], [3]]
     with pytest.raises(UserError, match="in float32 only"):
         reproduce_larger("--keras", "--dtype=bfloat16")
     monkeypatch.setattr(environment, "version_of", {"keras": "3"}.get)
