@@ -583,7 +583,9 @@ def test_the_device_does_not_wait_for_a_report(tmp_path, monkeypatch):
     assert events == ["begun", "begun", 32, "begun", 64, 90]
 
 
-def test_the_first_step_does_not_wait_for_what_scores(monkeypatch):
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_first_step_does_not_wait_for_what_scores(monkeypatch, on_cpu):
+    monkeypatch.setattr(parts, "_on_cpu", lambda: on_cpu)
     trained, compile_scorer = threading.Event(), scoring.compile_scorer
 
     def later(*args):
@@ -592,7 +594,7 @@ def test_the_first_step_does_not_wait_for_what_scores(monkeypatch):
 
     monkeypatch.setattr(scoring, "compile_scorer", later)
     # By a name of its own, as what another test had compiled would be found again.
-    state, data, programs, piece = compiled(name="scored later")
+    state, data, programs, piece = compiled(name=f"scored later, {on_cpu}")
     # The state that the scorer would be compiled for is overwritten by then.
     state, _ = programs.train(state, piece)
     trained.set()
