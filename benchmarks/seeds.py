@@ -53,7 +53,7 @@ def table(result: dict) -> str:
     lines += [
         "",
         f"Images/s of all seeds together; medians of {' to '.join(map(str, turns))} turns "
-        f"(lowest to highest); the ratio "
+        "(lowest to highest); the ratio "
         f"is of the last column to the first; {suite.conditions(result)}",
     ]
     return "\n".join(lines) + "\n"
