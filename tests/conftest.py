@@ -10,10 +10,11 @@ import pytest
 from mnist_flax import datasets, parts
 
 # Several devices, for `jax.pmap`; everything else must cope with their presence.
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
-# A shell starts background jobs with Ctrl-C ignored, which their own processes inherit.
+# A shell starts background jobs with Ctrl-C ignored, and `nohup` has SIGHUP ignored, which their
+# own processes inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Keras's backend without TensorFlow.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 

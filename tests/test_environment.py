@@ -100,14 +100,13 @@ def test_the_device_is_said_with_what_of_it_trains(monkeypatch):
 
 def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "_CGROUP", tmp_path)
-    without = environment.free_memory()[0]
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("900000\n")
     # Files that were read count as used.
     (tmp_path / "memory.stat").write_text("anon 200000\ninactive_file 500000\nactive_file 100000\n")
     assert environment.free_memory()[0] == 700_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert environment.free_memory()[0] > 0.5 * without
+    assert environment.free_memory()[0] > 1_000_000
 
 
 def test_a_cache_folder_that_cannot_be_written_is_left_alone(cache_folder, monkeypatch):

@@ -450,10 +450,11 @@ def test_an_imported_run_is_evaluated_and_predicts(tmp_path, capsys, monkeypatch
 
 
 def test_an_imported_network_trains_on_with_another_optimizer(tmp_path):
-    run, run_dir = loaded("convnet"), tmp_path / "run"
+    name = "single_conv_5x5"
+    run, run_dir = loaded(name), tmp_path / "run"
     export_keras.export_file(run, tmp_path / "model.keras")
     import_keras.import_file(tmp_path / "model.keras", run_dir)
-    config = config_lib.recipe("convnet", "digits", model="convnet", optimizer="rmsprop")
+    config = config_lib.recipe(name, "digits", model=name, optimizer="rmsprop")
     config.data.train_split, config.epochs = "train[:32]", 1
     # As a start that was killed leaves it.
     rundir.write_config(run_dir, config)
@@ -1178,12 +1179,13 @@ def test_an_imported_run_trains_on(tmp_path):
 def test_an_imported_run_draws_dropout_by_its_seed(tmp_path, monkeypatch):
     in_order = np.arange(32, dtype=np.int32)[None]
     monkeypatch.setattr(train.batches, "train_batches", lambda *args: in_order)
-    run = loaded("larger")
+    name = "single_conv_5x5"
+    run = loaded(name)
     export_keras.export_file(run, tmp_path / "model.keras")
     trained_params = []
     for seed in (1, 2):
         import_keras.import_file(tmp_path / "model.keras", tmp_path / f"run{seed}")
-        config = config_lib.recipe("larger", "digits", model="larger", seed=seed)
+        config = config_lib.recipe(name, "digits", model=name, seed=seed)
         config.update(batch_size=32, epochs=1, parallel=1)
         config.data.train_split = "train[:32]"
         train.train_and_evaluate(config, tmp_path / f"run{seed}")

@@ -257,10 +257,10 @@ def epoch_setting():
 
 @pytest.mark.parametrize("network", models.names())
 def test_a_hundred_steps_follow_the_plain_convolution(monkeypatch, network):
-    # In the forms of a recipe's batch: `branched` has one of 8, and the others' is in several
-    # blocks, here of 3 images, the last filled up.
+    # In the forms of a recipe's batch: that of `branched` is one block, as of 4 images, and the
+    # others' is several, here of 3 images, the last filled up.
     monkeypatch.setattr(layers, "_by_platform", layers._by_platform.__wrapped__)
-    count = 8 if network == "branched" else 7
+    count = 4 if network == "branched" else 5
     if network != "branched":
         splitter = tiles.splitter
         monkeypatch.setattr(tiles, "_MIN_SPLIT", 1)

@@ -527,10 +527,10 @@ def test_the_best_is_not_chosen_by_images_of_the_test_set(tmp_path, monkeypatch)
 
 
 def test_a_run_takes_the_steps_of_its_seed_its_epochs_and_its_schedule(tmp_path):
-    overrides = {"model": "convnet", "seed": 3, "epochs": 2, "parallel": 1, "schedule": "cosine"}
-    config = small_config(**overrides, **{"data.watch_split": ""})
+    overrides = {"seed": 3, "epochs": 2, "parallel": 1, "schedule": "cosine"}
+    config = small_config(model="single_conv_5x5", **overrides, **{"data.watch_split": ""})
     train.train_and_evaluate(config, tmp_path / "run")
-    data, model = datasets.load("digits", "train[:90]"), models.create("convnet")
+    data, model = datasets.load("digits", "train[:90]"), models.create("single_conv_5x5")
     tx = optim.create("adam", optax.cosine_decay_schedule(1e-3, 12))
     expected = state_lib.create(3, model, tx, (28, 28, 1))
     epoch = quick_jit(partial(steps.train_epoch, model=model, tx=tx))
@@ -671,14 +671,6 @@ def test_nothing_is_written_where_the_data_cannot_be_had(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_epoch_of_mnist_learns_to_read_digits(mnist, tmp_path):
-    config = config_lib.recipe("larger", "mnist", model="larger", epochs=1, seed=7)
-    summary = train.train_and_evaluate(config, tmp_path / "run")
-    assert (summary["train_examples"], summary["test_examples"]) == (60_000, 10_000)
-    # Seeds 0, 1 and 2 gave 97.4, 97.7 and 97.4 %.
-    assert summary["test_accuracy"] > 0.965
-
-
 def test_streamed_data_gives_bit_for_bit_the_same_run(whole_run, tmp_path, monkeypatch):
     def stop(row, config):
         if row["epoch"] == 1:
@@ -791,7 +783,7 @@ def test_training_imports_what_it_uses(prepared, tmp_path):
     (tmp_path / "tensorflow/__init__.py").write_text("raise SystemExit('TensorFlow was imported')")
     code = (
         "import sys; from tests.test_train import small_config; from mnist_flax import "
-        "train_and_evaluate, load; config = small_config(epochs=1); "
+        "train_and_evaluate, load; config = small_config(epochs=1, parallel=1); "
         f"train_and_evaluate(config, r'{tmp_path}/run'); load(r'{tmp_path}/run').evaluate(); "
         "assert not {'tensorflow', 'grain', 'requests', 'sklearn', 'h5py'} & set(sys.modules)"
     )
