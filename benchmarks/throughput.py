@@ -54,11 +54,15 @@ PEERS = {
     "keras-tf-jit": PeerSpec(
         "keras_fit", "jit", ("keras", "tensorflow"), "tensorflow", device="cpu"
     ),
+    "keras-tf-jit-steps": PeerSpec(
+        "keras_fit", "jit steps", ("keras", "tensorflow"), "tensorflow", device="cpu"
+    ),
     "keras-tf-nojit": PeerSpec(
         "keras_fit", "nojit", ("keras", "tensorflow"), "tensorflow", device="gpu"
     ),
     "keras-tf-steps": PeerSpec("keras_fit", "steps", ("keras", "tensorflow"), "tensorflow"),
     "keras-jax": PeerSpec("keras_fit", "", ("keras",), "jax"),
+    "keras-jax-steps": PeerSpec("keras_fit", "steps", ("keras",), "jax"),
     "torch": PeerSpec("torch_loop", "eager", ("torch",)),
     "torch-channels-last": PeerSpec("torch_loop", "channels_last", ("torch",)),
     "torch-compile": PeerSpec("torch_loop", "compile", ("torch",)),
@@ -146,7 +150,11 @@ def measure(network: str, peers: list[str], args: argparse.Namespace) -> dict[st
                 workers[peer] = worker
                 log(f"{network}: {peer} is ready, {reports[peer]['first_step_seconds']:.1f} s")
         for turn in range(args.repetitions):
-            for peer, worker in list(workers.items()):
+            # Each begins a round once, before it is anyone's second turn to.
+            names = list(workers)
+            first = turn % len(names)
+            for peer in names[first:] + names[:first]:
+                worker = workers[peer]
                 with suppress(BrokenPipeError):
                     worker.stdin.write(f"{args.seconds}\n")
                     worker.stdin.flush()
@@ -187,7 +195,7 @@ def write_job(folder: Path, network: str, args: argparse.Namespace) -> None:
 def start(peer: str, folder: Path, device: str) -> subprocess.Popen:
     """A worker process of the peer, on the device; its stderr goes to a file in the folder."""
     kind = PEERS[peer]
-    env = os.environ | suite.on_device(device) | KEEPS_MEMORY
+    env = os.environ | suite.on_device(device) | (KEEPS_MEMORY if device == "cpu" else {})
     env |= {
         "TF_CPP_MIN_LOG_LEVEL": "3",
         # The first step is that of a program never compiled before.
