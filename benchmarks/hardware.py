@@ -52,4 +52,5 @@ def describe(device: str) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"there is no NVIDIA GPU to measure on: {error}") from error
     name, driver = names.splitlines()[0].split(", ")
-    return f"{name} (driver {driver}), {cpu}"
+    count = f"{len(names.splitlines())} × " if "\n" in names.strip() else ""
+    return f"{count}{name} (driver {driver}), {cpu}"

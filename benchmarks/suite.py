@@ -112,6 +112,8 @@ def on_device(device: str) -> dict[str, str]:
     return {
         # Named, since JAX would fall back to the CPU.
         "JAX_PLATFORMS": "cuda",
+        # XLA would say of each convolution that it tries.
+        "TF_CPP_MIN_LOG_LEVEL": "3",
         # Several processes share the memory.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
@@ -164,9 +166,10 @@ def grouped(texts: dict[str, str]) -> list[str]:
 
 
 def conditions(result: dict[str, Any]) -> str:
-    """Hardware and versions of a result, for the line below a table."""
+    """Hardware, commit and versions of a result, for the line below a table."""
     found = [f"{name} {version}" for name, version in result["versions"].items() if version]
-    return f"{result['hardware']}; {', '.join(found)}."
+    commit = [f"commit {result['commit']}"] if result.get("commit") else []
+    return "; ".join([result["hardware"], *commit, ", ".join(found)]) + "."
 
 
 def figure(width: float, height: float) -> Any:

@@ -16,6 +16,7 @@ does.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -144,6 +145,8 @@ def measure(network: str, peers: list[str], args: argparse.Namespace) -> dict[st
 
         for peer in peers:
             worker = stack.enter_context(start(peer, Path(folder), args.device))
+            # Where this process is stopped, it does not wait for one that hangs.
+            stack.callback(worker.kill)
             # One after the other: two that compile at once would slow each other down.
             with without(peer):
                 reports[peer] = receive(worker, peer, Path(folder)) | {"images_per_second": []}
@@ -230,11 +233,9 @@ def check(peer: str, report: dict, ours: dict) -> None:
     """Raises UserError unless a peer trained the network that ours did, and trained it indeed."""
     if report["parameters"] != ours["parameters"]:
         raise UserError(f"{peer} trained another network: {report['parameters']} parameters")
-    if not report["loss_after"] < 0.8 * report["loss_before"]:
-        raise UserError(
-            f"{peer} did not learn: its loss went from {report['loss_before']:.3f} to "
-            f"{report['loss_after']:.3f}"
-        )
+    # One that knows nothing gives each of ten digits the same probability.
+    if not report["loss_after"] < 0.8 * math.log(10):
+        raise UserError(f"{peer} did not learn: its loss is {report['loss_after']:.3f} at the end")
 
 
 def speed(reports: dict[str, dict], peer: str) -> float:

@@ -30,10 +30,8 @@ def main() -> None:
     clock = time.perf_counter()
     peer = create(job, data, variant)
     building = time.perf_counter() - clock
-    loss_before = peer.loss()
-    looking = time.perf_counter() - clock - building
     steps, first = peer.train(1)
-    ready = time.time() - float(started) - looking
+    ready = time.time() - float(started)
 
     made, seconds = peer.train(1)
     # One call that is long may have prepared the next ones, as CUDA graphs are captured.
@@ -46,7 +44,6 @@ def main() -> None:
         parameters=peer.parameters,
         first_step_seconds=ready - (steps - 1) * step,
         compile_seconds=building + first - steps * step,
-        loss_before=loss_before,
     )
     for line in sys.stdin:
         made, seconds = peer.train(max(1, round(float(line) * made / seconds)))

@@ -5,14 +5,14 @@
     mnist_flax.train_and_evaluate(mnist_flax.config.default(), "runs/mine")
     mnist_flax.load("runs/mine").predict(images)
 
-`mnist_flax.models`, `optim`, `state` and `steps` are for a training loop of your own.
+`mnist_flax.batches`, `models`, `optim`, `state` and `steps` are for a training loop of your own.
 """
 
 import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-_MODULES = ("config", "models", "optim", "state", "steps")
+_MODULES = ("batches", "config", "models", "optim", "state", "steps")
 __all__ = [*_MODULES, "load", "train_and_evaluate"]
 
 
@@ -29,3 +29,7 @@ def __getattr__(name: str) -> Any:
 
         return train_and_evaluate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

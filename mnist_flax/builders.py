@@ -155,7 +155,8 @@ def create(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         form = r"[a-z0-9_]+(/[\w.-]+)?(:\d+\.\d+\.\d+)?"
         if not isinstance(name, str) or not re.fullmatch(form, name):
             raise tfds.core.registered.DatasetNotFoundError
-        # It would look into a bucket that TFDS has switched off, and leave a folder in /tmp.
+        # Otherwise DatasetInfo looks into a bucket that TFDS has switched off, and leaves a folder
+        # in /tmp.
         info, asks_bucket = tfds.core.DatasetInfo, "initialize_from_bucket"
         with quiet(), tfds.core.utils.temporary_assignment(info, asks_bucket, lambda self: None):
             if name == "digits":

@@ -64,11 +64,12 @@ def open_manager(folder: Path, *, read_only: bool = False) -> Iterator[Manager]:
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         best_fn=itemgetter(_METRIC),
         read_only=read_only,
-        # Without the metrics, which are of no use then, and without other processes.
+        # Without the metrics, which are of no use then.
         lightweight_initialize=read_only,
         create=not read_only,
         # What a save left that was cut short.
         cleanup_tmp_directories=not read_only,
+        # One process may read while the others do not.
         multiprocessing_options=alone if read_only else ocp.options.MultiprocessingOptions(),
     )
     try:
@@ -286,7 +287,9 @@ def _may_pass(error: Exception) -> bool:
     # Orbax's library for arrays gives the system's errors as texts.
     statuses = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "ABORTED")
     statuses += ("DEADLINE_EXCEEDED", "Input/output error", "Stale file handle")
-    return isinstance(error, MemoryError) or any(status in str(error) for status in statuses)
+    if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+        return True
+    return any(status in str(error) for status in statuses)
 
 
 def _one_copy(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:

@@ -45,8 +45,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         reason = str(error).splitlines()[0]
         print(
-            f"error: the device has too little memory ({reason}): free some, or train with a lower "
-            "batch_size or num_seeds, or with data.loader=stream",
+            f"error: the device has too little memory ({reason}): free some, or in training set a "
+            "lower batch_size or num_seeds, or data.loader=stream",
             file=sys.stderr,
         )
         sys.exit(2)

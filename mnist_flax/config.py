@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from mnist_flax import datasets, loaders, models, optim
-from mnist_flax.errors import UserError, nearest, unknown
+from mnist_flax.errors import UserError, unknown
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -139,10 +139,7 @@ def validate(config: ConfigDict) -> None:
         ("data.loader", loaders.NAMES),
     ):
         if given[key] not in choices:
-            raise UserError(
-                f"{key}={given[key]!r} is unknown; did you mean {nearest(given[key], choices)!r}? "
-                f"(choices: {', '.join(choices)})"
-            )
+            raise unknown(key, given[key], choices)
     _check("data.name", given["data.name"], datasets.check_name)
     for key in ("data.train_split", "data.test_split", "data.watch_split"):
         if given[key] or key != "data.watch_split":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mnist_flax import decoding
 
 
-# Of what `_read_cache` reads; another when examples are decoded otherwise.
+# The version of what `_read_cache` reads: raise it when examples are decoded otherwise.
 _FORMAT = 2
 
 
@@ -41,9 +41,7 @@ class Arrays(NamedTuple):
 
 def check_name(name: str) -> None:
     """Raises UserError unless there is such a data set, for image classification."""
-    from mnist_flax import builders
-
-    builders.create(name, _data_dir())
+    _builder(name)
 
 
 def check_split(name: str, split: str) -> None:
@@ -56,7 +54,7 @@ def check_split(name: str, split: str) -> None:
     """
     from mnist_flax import builders
 
-    builders.resolve(builders.create(name, _data_dir()), split)
+    builders.resolve(_builder(name), split)
 
 
 def prepare(name: str, splits: Iterable[str], manual_dir: str = "") -> None:
@@ -81,7 +79,7 @@ def overlap(name: str, split: str, other: str) -> bool:
     """
     from mnist_flax import builders
 
-    builder = builders.create(name, _data_dir())
+    builder = _builder(name)
     return any(
         part == other_part and max(start, other_start) < min(stop, other_stop)
         for part, start, stop in builders.resolve(builder, split)
@@ -97,7 +95,7 @@ def num_classes(name: str) -> int:
     """
     from mnist_flax import builders
 
-    builder = builders.create(name, _data_dir())
+    builder = _builder(name)
     return builder.info.features[builders.feature_keys(builder)[1]].num_classes
 
 
@@ -166,13 +164,19 @@ def image_bytes(name: str, split: str, manual_dir: str = "") -> tuple[int, int]:
     return given * each, read * each
 
 
+def _builder(name: str) -> "tfds.core.DatasetBuilder":
+    from mnist_flax import builders
+
+    return builders.create(name, _data_dir())
+
+
 def _prepared(
     name: str, split: str, manual_dir: str
 ) -> tuple["tfds.core.DatasetBuilder", list[tuple[str, int, int]]]:
     """The builder of a data set that is prepared, now or before, and what a slice selects of it."""
     from mnist_flax import builders
 
-    builder = builders.create(name, _data_dir())
+    builder = _builder(name)
     # Refuses a wrong slice before anything is prepared.
     builders.resolve(builder, split)
     in_family = builders.is_mnist_family(name)

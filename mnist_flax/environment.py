@@ -21,7 +21,9 @@ _PACKAGES = (
     "tensorflow-datasets",
     "numpy",
 )
+# JAX's plugins for devices, and the libraries of theirs that choose among algorithms.
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "libtpu")
+_PLUGINS += ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas-cu12", "nvidia-cublas")
 _CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -36,7 +38,7 @@ def device_name(count: int = 1) -> str:
         return device.device_kind if count == 1 else f"{count} × {device.device_kind}"
     there = cores()
     used = f"{count} of {there}" if 1 < count < there else str(there)
-    return f"cpu ({used} cores of {cpu_name()})"
+    return f"cpu ({used} core{'s' if there > 1 else ''} of {cpu_name()})"
 
 
 def cpu_name() -> str:
@@ -44,11 +46,8 @@ def cpu_name() -> str:
 
     So it is on virtual machines, where generations of one name differ in speed by a factor of two.
     """
-    try:
-        lines = _CPUINFO.read_text().splitlines()
-    except OSError:
-        lines = []
-    facts = {key.strip(): fact.strip() for key, _, fact in (line.partition(":") for line in lines)}
+    lines = (line.partition(":") for line in _cpuinfo())
+    facts = {key.strip(): fact.strip() for key, _, fact in lines}
     name = facts.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in facts and not any(letter.isdigit() for letter in name):
         name += f" family {facts['cpu family']} model {facts['model']}"
@@ -111,13 +110,16 @@ def keep_compiled() -> None:
 
 
 def _instruction_sets() -> bytes:
+    found = {line for line in _cpuinfo() if line.startswith(("flags", "Features", "model name"))}
+    return ("".join(sorted(found)) or platform.processor()).encode()
+
+
+def _cpuinfo() -> list[str]:
+    """What Linux says of each core, by line; empty elsewhere."""
     try:
-        lines = _CPUINFO.read_bytes().splitlines()
+        return _CPUINFO.read_text().splitlines()
     except OSError:
-        lines = []
-    named = (b"flags", b"Features", b"model name")
-    found = {line for line in lines if line.startswith(named)}
-    return b"".join(sorted(found)) or platform.processor().encode()
+        return []
 
 
 def free_memory() -> tuple[int, int | None]:
@@ -143,7 +145,7 @@ def versions() -> dict[str, str | None]:
 
     None for one without a package's metadata. JAX's plugins for devices only where installed.
     """
-    # Of this package without its metadata, which a checkout that is not installed lacks.
+    # Our own without metadata, which a checkout that is not installed lacks.
     ours = {"python": platform.python_version(), "mnist-flax": mnist_flax.__version__}
     plugins = {name: version for name in _PLUGINS if (version := version_of(name))}
     return ours | {name: version_of(name) for name in _PACKAGES} | plugins

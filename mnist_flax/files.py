@@ -38,7 +38,7 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_one(path.parent)
+        sync_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -91,6 +91,15 @@ def sync_one(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_names(folder: Path) -> None:
+    """`sync` of the names in a folder, if it may be read and its file system can do that."""
+    try:
+        sync_one(folder)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL):
+            raise
 
 
 def replace_text(path: Path, text: str) -> None:

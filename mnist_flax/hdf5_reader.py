@@ -115,7 +115,7 @@ def _content(config: str | None, named: str, layers: Layers, size: int):
 
 def _problem(dataset: h5py.Dataset) -> str | None:
     if dataset.dtype.newbyteorder("=") not in (np.float16, np.float32):
-        # Which HDF5 does not know: Keras stores it as two bytes.
+        # HDF5 has no bfloat16: Keras stores it as two bytes.
         kind = "bfloat16" if dataset.dtype == "V2" else dataset.dtype
         return f"{dataset.name} is {kind}: have the model's weights in float32 and save it again"
     # Keras writes arrays as a whole. The other layouts may name further files, load a decoder or

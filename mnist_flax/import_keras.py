@@ -120,7 +120,10 @@ def import_file(
             rundir.write_config(unfinished, config)
             with checkpoint.open_manager(rundir.checkpoints(unfinished)) as manager:
                 checkpoint.save(manager, state, record)
+            # Where the folder of checkpoints has its name, and then the run's.
+            files.sync_names(unfinished)
             os.replace(unfinished, run_dir)
+            files.sync_names(run_dir.parent)
     except OSError as error:
         raise UserError(
             f"{run_dir} cannot be written ({error.strerror}): name another folder"

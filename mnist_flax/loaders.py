@@ -70,7 +70,7 @@ class Resident:
             yield Piece(*self._arrays, _on_devices(part, self._mesh))
 
     def abstract(self, steps: int, seeds: int, batch_size: int) -> Piece:
-        """The shapes and dtypes of a piece of `steps` steps, to compile for."""
+        """What a piece of `steps` steps is compiled for; its arrays are those of every piece."""
         return Piece(*self._arrays, _abstract_rows(steps, seeds, batch_size, self._mesh))
 
 

@@ -50,7 +50,12 @@ def parse() -> tuple[ConfigDict, str | None]:
     """
     values = flags.FlagValues()
     workdir = flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
-    for arg, following in itertools.pairwise([*sys.argv[1:], ""]):
+    # A shell expands ~ at the start of a word only.
+    argv = [
+        re.sub(r"(?<=config=)~.*", lambda path: os.path.expanduser(path[0]), arg)
+        for arg in sys.argv
+    ]
+    for arg, following in itertools.pairwise([*argv[1:], ""]):
         # The flags library answers an unknown key with an AttributeError from deep inside, and a
         # missing file at the first override.
         if key := re.match(r"--?config\.([^=]+)", arg):
@@ -63,7 +68,7 @@ def parse() -> tuple[ConfigDict, str | None]:
                 raise UserError(f"there is no recipe file {file} to read: try configs/larger.py")
     try:
         recipe = config_flags.DEFINE_config_file("config", flag_values=values)
-        rest = values(sys.argv)[1:]
+        rest = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
         if found := re.match(r"flag --config\.([^=]+)=(.*?): ", str(error)):
             raise config_lib.wrong_type(found[1], found[2]) from None
@@ -93,8 +98,7 @@ def parse() -> tuple[ConfigDict, str | None]:
         )
     if workdir.value == "":
         raise UserError("--workdir is empty: name a folder, or leave the flag out")
-    # A shell expands it at the start of a word only.
-    return recipe.value, workdir.value and os.path.expanduser(workdir.value)
+    return recipe.value, workdir.value
 
 
 def _unusable(error: BaseException) -> UserError:

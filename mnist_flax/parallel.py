@@ -172,5 +172,6 @@ def _cpu_only() -> bool:
     """Whether JAX will compute on CPU, as far as can be told without starting it."""
     platforms = jax.config.jax_platforms
     if platforms:
-        return platforms == "cpu"
+        # The first of several is the default.
+        return platforms.partition(",")[0] == "cpu"
     return not importlib.metadata.entry_points(group="jax_plugins")

@@ -23,7 +23,8 @@ def prepare(
     Everything is written in a folder of this process's own and moved into place in one step, so
     that a failure leaves nothing half-written, and of two processes the later one's work is
     dropped. TFDS alone has neither: its folder's name is drawn from `random`, which two seeded
-    processes share, and the second to finish fails.
+    processes share, and the second to finish fails. A process that is killed leaves its folder,
+    incomplete.*, which may be deleted.
 
     Raises:
         UserError: no network, a wrong file, a folder that cannot be written, TensorFlow needed.

@@ -1,6 +1,7 @@
 """What the user sees of a run."""
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mnist_flax import steps
+from mnist_flax.position import Position
 
 if TYPE_CHECKING:
     from mnist_flax.parts import Data
-    from mnist_flax.position import Position
 
 
 def header(config: ConfigDict, parameters: int, data: "Data", run_dir: Path, device: str) -> None:
@@ -43,7 +44,7 @@ def resuming(step: int, epochs_done: int, epochs: int) -> None:
     )
 
 
-def progress(position: "Position", epochs: int, examples: int) -> tqdm:
+def progress(position: Position, epochs: int, examples: int) -> tqdm:
     """A bar over the examples of an epoch; silent where the output is not a terminal.
 
     It starts after compilation, so that speed and time left are those of training.
@@ -61,7 +62,7 @@ def progress(position: "Position", epochs: int, examples: int) -> tqdm:
     )
 
 
-def advance(bar: tqdm, position: "Position") -> None:
+def advance(bar: tqdm, position: Position) -> None:
     """Moves the bar to the examples trained on and shows their loss and accuracy."""
     means = steps.averages(position)
     loss, accuracy = np.mean(means["loss"]), np.mean(means["accuracy"])
@@ -76,7 +77,8 @@ def epoch(row: dict[str, Any], config: ConfigDict) -> None:
     if row["watch_accuracy"] is not None:
         line += f"  |  {config.data.watch_split}: loss {row['watch_loss']:.4f}  "
         line += f"accuracy {row['watch_accuracy']:.2%}"
-    line += f"  |  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s"
+    digits = 1 if row["seconds"] >= 1 else 2
+    line += f"  |  {row['images_per_second']:,.0f} images/s  {row['seconds']:.{digits}f} s"
     print(line, flush=True)
 
 
@@ -126,8 +128,14 @@ def _seeds(config: ConfigDict) -> str:
 def command(module: str, *args: str) -> str:
     """What to type to run one of this package's programs as this process is run."""
     executable = Path(sys.executable)
-    inside = executable.is_relative_to(Path.cwd())
-    python = str(executable.relative_to(Path.cwd())) if inside else "python"
+    # The one of an environment that is active, and not another's.
+    found = shutil.which("python")
+    if executable.is_relative_to(Path.cwd()):
+        python = str(executable.relative_to(Path.cwd()))
+    elif found and Path(found).parent == executable.parent:
+        python = "python"
+    else:
+        python = sys.executable
     return shlex.join([python, "-m", f"mnist_flax.{module}", *args])
 
 

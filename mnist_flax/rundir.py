@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,7 @@ def locked(run_dir: Path, config: ConfigDict) -> Iterator[None]:
         made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
         for path in made:
-            # One that may be written and not read cannot be synced.
-            with suppress(PermissionError):
-                files.sync_one(path.parent)
+            files.sync_names(path.parent)
         lock = (run_dir / _LOCK).open("w")
     # The system unlocks what is closed, also when the process is killed.
     with lock:

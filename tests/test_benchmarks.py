@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import (
@@ -73,7 +74,6 @@ def report(*speeds, parameters=10, loss_after=0.5):
         "parameters": parameters,
         "first_step_seconds": 4.0,
         "compile_seconds": 3.0,
-        "loss_before": 2.3,
         "loss_after": loss_after,
         "peak_memory_mib": 600.0,
         "device_memory_mib": None,
@@ -154,7 +154,7 @@ def test_ours_beside_the_flax_loop_from_the_command_line(tmp_path, monkeypatch):
         measured = results["baseline"]["peers"][peer]
         assert measured["parameters"] == 592074
         assert len(measured["images_per_second"]) == 2
-        assert measured["loss_after"] < measured["loss_before"]
+        assert measured["loss_after"] < 0.8 * np.log(10)
         assert 0 < measured["compile_seconds"] < measured["first_step_seconds"]
     assert (tmp_path / "throughput_cpu_digits.md").read_text() == throughput.table(results)
     assert (tmp_path / "throughput_cpu_digits.png").stat().st_size > 10_000

@@ -35,7 +35,7 @@ def test_too_little_memory_is_one_sentence(exit_code, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: the device has too little memory (RESOURCE_EXHAUSTED: ")
     assert error.endswith(
-        "): free some, or train with a lower batch_size or num_seeds, or with data.loader=stream\n"
+        "): free some, or in training set a lower batch_size or num_seeds, or data.loader=stream\n"
     )
     assert error.count("\n") == 1
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,8 +51,13 @@ def test_overrides_reach_the_configuration(monkeypatch):
     )
     assert (config.name, config.batch_size, workdir) == ("larger-digits", 7, None)
     assert config.data.train_split == "train[5:]"
-    monkeypatch.setenv("HOME", "/home/me")
-    assert parse(monkeypatch, LARGER, "--workdir=~/runs/x")[1] == "/home/me/runs/x"
+
+
+def test_a_recipe_in_the_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(REPOSITORY / "configs/larger.py", tmp_path / "mine.py")
+    config, _ = parse(monkeypatch, "--config=~/mine.py:digits")
+    assert config.name == "larger-digits"
 
 
 def test_runs_started_in_one_second_have_folders_of_their_own(monkeypatch):
@@ -165,7 +171,7 @@ def test_train_evaluate_and_train_again(data_dir, tmp_path, monkeypatch):
     assert lines[4] == f"run folder  {run_dir}"
     assert re.fullmatch(
         r"epoch 1/1  loss \d\.\d{4}  accuracy \d+\.\d\d%  \|  test: loss \d\.\d{4}  "
-        r"accuracy \d+\.\d\d%  \|  [\d,]+ images/s  \d+\.\d s",
+        r"accuracy \d+\.\d\d%  \|  [\d,]+ images/s  \d+\.\d\d? s",
         lines[5],
     )
     assert re.fullmatch(r"Test accuracy: \d+\.\d\d% \(\d+ of 297 right\)", lines[7])
@@ -273,7 +279,14 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(data_dir, tmp_path, signum
 def test_printed_commands_are_those_of_this_environment(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", str(tmp_path / ".venv/bin/python"))
     arguments = "-m mnist_flax.predict 'my run' 7.png"
-    assert report.command("predict", "my run", "7.png") == f"python {arguments}"
+    for found, printed in (
+        (tmp_path / ".venv/bin/python", "python"),
+        # Of no environment that is active, or of another one.
+        (None, tmp_path / ".venv/bin/python"),
+        (tmp_path / "other/bin/python", tmp_path / ".venv/bin/python"),
+    ):
+        monkeypatch.setattr(report.shutil, "which", lambda name, found=found: found)
+        assert report.command("predict", "my run", "7.png") == f"{printed} {arguments}"
     monkeypatch.chdir(tmp_path)
     assert report.command("predict", "my run", "7.png") == f".venv/bin/python {arguments}"
 
@@ -302,6 +315,6 @@ def test_the_readme_s_own_loop_runs(monkeypatch):
     names = {}
     exec(loop, names)
     assert names["logits"].shape == (10, 26) and int(names["metrics"].count) == 1000
-    names = "state optim config.default() train_and_evaluate load"
+    names = "batches state optim config.default() train_and_evaluate load"
     code = "".join(f"; mnist_flax.{name}" for name in names.split())
     subprocess.run([sys.executable, "-c", f"import mnist_flax{code}"], check=True, cwd=REPOSITORY)

@@ -221,11 +221,18 @@ def test_the_name_of_a_new_folder_is_on_the_disk(tmp_path, monkeypatch):
             assert synced == [tmp_path / "runs", tmp_path]
 
     def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied")
+        raise OSError(code, os.strerror(code))
 
-    # Beside others' folders, which may be written and not read.
     monkeypatch.setattr(files, "sync_one", refuse)
-    with rundir.locked(tmp_path / "runs/two", config_lib.default()):
+    # Beside others' folders, which may be written and not read, and where folders have no fsync.
+    for code in (errno.EACCES, errno.EINVAL):
+        with rundir.locked(tmp_path / f"runs/{code}", config_lib.default()):
+            pass
+    code = errno.EIO
+    with (
+        pytest.raises(UserError, match="Input/output error"),
+        rundir.locked(tmp_path / "runs/three", config_lib.default()),
+    ):
         pass
 
 

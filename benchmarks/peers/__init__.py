@@ -1,4 +1,4 @@
-"""What a user might train these networks with, each in the fastest form its own users write.
+"""What a user might train these networks with, in the forms that its own users write.
 
 Each module has `create(job, data, variant) -> Peer`. A worker process imports one of them, and so
 one framework alone.
