@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from mnist_flax import random_bits, share_keys
+from tests.helpers import quick_jit
 
 # Traced anew in every test, which patches what it calls.
 at_least = random_bits.at_least.__wrapped__
@@ -24,7 +25,7 @@ def expected(key, threshold, shape):
 def test_numbers_are_the_halves_of_jax_randoms_words(monkeypatch, platform, impl, shape):
     monkeypatch.setattr(random_bits.lax, "platform_dependent", chooses(platform))
     key = jax.random.fold_in(jax.random.key(7, impl=impl), 2**31 + 5)
-    ours = jax.jit(at_least, static_argnums=(1, 2))(key, 2**14, shape)
+    ours = quick_jit(at_least, static_argnums=(1, 2))(key, 2**14, shape)
     np.testing.assert_array_equal(ours, expected(key, 2**14, shape))
 
 
