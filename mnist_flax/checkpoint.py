@@ -191,7 +191,7 @@ def _sync_latest(manager: Manager) -> None:
     if (step := manager.latest_step()) is not None:
         files.sync(Path(manager.directory) / str(step))
         # Where Orbax gave it its name.
-        files.sync_one(Path(manager.directory))
+        files.sync_names(Path(manager.directory))
 
 
 def put_aside(manager: Manager, step: int) -> None:

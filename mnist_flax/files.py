@@ -80,7 +80,8 @@ def sync(folder: Path) -> None:
         raise error
 
     for path, _, names in os.walk(folder, onerror=refuse):
-        for name in (".", *names):
+        sync_names(Path(path))
+        for name in names:
             sync_one(Path(path, name))
 
 
@@ -98,7 +99,7 @@ def sync_names(folder: Path) -> None:
     try:
         sync_one(folder)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL):
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
             raise
 
 

@@ -52,7 +52,7 @@ def parse() -> tuple[ConfigDict, str | None]:
     workdir = flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
     # A shell expands ~ at the start of a word only.
     argv = [
-        re.sub(r"(?<=config=)~.*", lambda path: os.path.expanduser(path[0]), arg)
+        re.sub(r"^(--?config=)(~.*)", lambda m: m[1] + os.path.expanduser(m[2]), arg)
         for arg in sys.argv
     ]
     for arg, following in itertools.pairwise([*argv[1:], ""]):

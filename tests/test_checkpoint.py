@@ -239,6 +239,16 @@ def test_all_of_a_folder_is_synced(tmp_path, monkeypatch):
     files.sync(tmp_path / "a")
     assert synced == [str(tmp_path / path) for path in ("a", "a/b", "a/b/c")]
 
+    def of_files_alone(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    # Where folders have no fsync.
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    files.sync(tmp_path / "a")
+    assert synced[3:] == [str(tmp_path / "a/b/c")]
+
     def failing(path):
         raise OSError(errno.EIO, "Input/output error")
 
