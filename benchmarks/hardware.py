@@ -51,6 +51,7 @@ def describe(device: str) -> str:
         names = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"there is no NVIDIA GPU to measure on: {error}") from error
-    name, driver = names.splitlines()[0].split(", ")
-    count = f"{len(names.splitlines())} × " if "\n" in names.strip() else ""
+    gpus = names.splitlines()
+    name, driver = gpus[0].split(", ")
+    count = f"{len(gpus)} × " if len(gpus) > 1 else ""
     return f"{count}{name} (driver {driver}), {cpu}"

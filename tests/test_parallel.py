@@ -69,6 +69,15 @@ def test_a_plugin_without_its_device_is_said(monkeypatch, recwarn):
         parallel.create_mesh(config_lib.default())
 
 
+@pytest.mark.parametrize(
+    ("platforms", "cpu"), [("cpu", True), ("cpu,cuda", True), ("cuda,cpu", False)]
+)
+def test_the_first_platform_named_is_the_one_that_trains(monkeypatch, platforms, cpu):
+    config = SimpleNamespace(jax_platforms=platforms)
+    monkeypatch.setattr(parallel, "jax", SimpleNamespace(config=config))
+    assert parallel._cpu_only() == cpu
+
+
 # The other is what JAX raises for "cuda" where there is no GPU.
 @pytest.mark.parametrize(
     ("error", "reason"),

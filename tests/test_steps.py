@@ -266,13 +266,13 @@ def epoch_setting():
 @pytest.mark.parametrize("network", models.names())
 def test_a_hundred_steps_follow_the_plain_convolution(monkeypatch, network):
     # In the forms of a recipe's batch: that of `branched` is one block, as of 4 images, and the
-    # others' is several, here of 2 images, the last filled up.
+    # others' is several, here of 3 images, the last filled up.
     monkeypatch.setattr(layers, "_by_platform", layers._by_platform.__wrapped__)
-    count = 4 if network == "branched" else 3
+    count = 4 if network == "branched" else 5
     if network != "branched":
         splitter = tiles.splitter
         monkeypatch.setattr(tiles, "_MIN_SPLIT", 1)
-        monkeypatch.setattr(tiles, "splitter", lambda batch, most: splitter(batch, min(most, 2)))
+        monkeypatch.setattr(tiles, "splitter", lambda batch, most: splitter(batch, min(most, 3)))
     # In float64, as at this rate 100 steps can make 20 % of a difference of 1e-7.
     with jax.enable_x64(True):
         images, labels = map(jnp.asarray, datasets.load("digits", "train"))
